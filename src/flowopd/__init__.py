@@ -1,0 +1,43 @@
+"""Flow-OPD: on-policy distillation of many GRPO teachers into one flow-matching text-to-image student.
+
+Names load on first use, so that ``import flowopd`` costs nothing.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "flowopd.training": (
+        "EMA",
+        "SFT",
+        "AdapterExport",
+        "AnchorCallback",
+        "ColdStart",
+        "FlowPolicy",
+        "GRPOTeacher",
+        "ImageGrid",
+        "OPDStudent",
+        "Progress",
+        "ResultsTable",
+        "RewardCallback",
+        "RolloutDataModule",
+        "TeacherCallback",
+    ),
+    "flowopd.models": ("LoRASpec", "Merge", "SD3Backbone"),
+    "flowopd.teachers": ("BaseTeacher", "FullTeacher", "LoRATeacher", "Router", "Teacher"),
+    "flowopd.rollouts": ("RowNoise", "Sampler"),
+    "flowopd.rewards": ("Reward",),
+    "flowopd.prompts": ("PromptFile", "PromptSource"),
+    "flowopd.records": ("Conditioning", "Prompt", "Rollout", "StepBatch"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = sorted(_HOME_OF)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'flowopd' has no attribute {name!r}")
+    return getattr(import_module(_HOME_OF[name]), name)

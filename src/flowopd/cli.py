@@ -1,0 +1,41 @@
+"""The command line: ``flowopd fit | validate | test | predict --config …``.
+
+The first help text answers without importing torch.
+"""
+
+import sys
+
+HELP = """usage: flowopd {fit,validate,test,predict} --config FILE [--config FILE ...] [--OPTION VALUE ...]
+
+Post-train a flow-matching text-to-image model on many tasks at once, by multi-teacher on-policy distillation.
+
+  fit        train a GRPO teacher, a cold start or a student, and write its adapter
+  validate   score a policy on held-out prompts
+  test       score a policy beside the base and its teachers: results.md, results.csv and an image grid
+  predict    draw held-out prompts to PNG files
+
+  flowopd fit --config configs/tiles/opd.yaml                           the main job, on the built-in world
+  flowopd fit --config RUN/config.yaml --ckpt_path RUN/checkpoints/last.ckpt    go on with a run
+  flowopd fit --help                                                    every option
+  flowopd fit --model.help flowopd.OPDStudent                           the options of a class
+  flowopd --version
+"""
+
+
+def main() -> None:
+    """Entry point of ``flowopd``."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(HELP, end="")
+    elif arguments[0] == "--version":
+        from flowopd import __version__
+
+        print(__version__)
+    else:
+        _run_lightning()
+
+
+def _run_lightning() -> None:
+    from flowopd.lightning_cli import run
+
+    run()

@@ -1,0 +1,55 @@
+"""The maths of flow-matching policies: torch only, float32 in, float32 out."""
+
+from flowopd.core.advantages import GroupAdvantage
+from flowopd.core.dynamics import CPS, ODE, DanceSDE, Dynamics, FlowSDE, Transition
+from flowopd.core.gaussian import Gaussian
+from flowopd.core.guidance import guided
+from flowopd.core.objectives import (
+    Anchored,
+    ClippedSurrogate,
+    FlowMatching,
+    Labels,
+    LogRatioSurrogate,
+    Objective,
+    ReleasedKL,
+    ReturnToGo,
+    StateRewardSurrogate,
+    TransitionKL,
+)
+from flowopd.core.paths import clean_from_velocity, interpolate, noise_from_velocity, velocity_from
+from flowopd.core.schedules import LinearSchedule, Schedule, ShiftedSchedule
+from flowopd.core.weights import ExactKL, ODEDistance, Released, Uniform, Weighting
+
+__all__ = [
+    "CPS",
+    "ODE",
+    "Anchored",
+    "ClippedSurrogate",
+    "DanceSDE",
+    "Dynamics",
+    "ExactKL",
+    "FlowMatching",
+    "FlowSDE",
+    "Gaussian",
+    "GroupAdvantage",
+    "Labels",
+    "LinearSchedule",
+    "LogRatioSurrogate",
+    "ODEDistance",
+    "Objective",
+    "Released",
+    "ReleasedKL",
+    "ReturnToGo",
+    "Schedule",
+    "ShiftedSchedule",
+    "StateRewardSurrogate",
+    "Transition",
+    "TransitionKL",
+    "Uniform",
+    "Weighting",
+    "clean_from_velocity",
+    "guided",
+    "interpolate",
+    "noise_from_velocity",
+    "velocity_from",
+]

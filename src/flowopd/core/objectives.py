@@ -1,0 +1,347 @@
+"""What a visited step is trained on.
+
+An objective sees the student's ``Transition`` p_θ(x_σ' | x_σ), which alone carries gradient, and the ``Labels`` of the
+state, which it detaches. It returns a scalar loss and a dict of detached scalars.
+
+Log-probabilities and KLs are means over the D latent dimensions, as in Flow-GRPO; ratios are their exponentials, close
+to 1. A policy gradient of the KL needs the total log-ratio as its advantage, so the surrogates below multiply by D:
+
+    E[ D · A · ∇ρ ] = E[ (D·A) · ∇(log p / D) ],      ∇ of nats per latent dimension.
+"""
+
+import math
+from dataclasses import dataclass, fields
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from flowopd.core.dynamics import Transition
+from flowopd.core.tensors import row_mean, same_shape
+from flowopd.core.weights import ExactKL, Released, Weighting
+
+Metrics = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What is known about B visited states, all without gradient; ``None`` is not known.
+
+    In a ``Rollout`` every field has a step axis after the batch, (B, T, ...).
+
+    Args:
+        x_next: (B, C, H, W) the state that was sampled from here.
+        log_prob_old: (B,) its log-probability under the policy that sampled it, nats per latent dimension.
+        advantage: (B,) of the finished image.
+        target: (B, C, H, W) velocity to learn from: the teacher's, or noise - clean.
+        anchor: (B, C, H, W) velocity of the anchor (MAR) or of the reference policy.
+        state_kl: (B,) KL to the teacher at this state under the sampling policy, nats per latent dimension.
+        kl_to_go: (B,) sum of the KLs of all later steps.
+    """
+
+    x_next: Tensor | None = None
+    log_prob_old: Tensor | None = None
+    advantage: Tensor | None = None
+    target: Tensor | None = None
+    anchor: Tensor | None = None
+    state_kl: Tensor | None = None
+    kl_to_go: Tensor | None = None
+
+    def known(self) -> dict[str, Tensor]:
+        """The labels that are known."""
+        facts = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in facts.items() if value is not None}
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """A loss on visited steps.
+
+    An implementation names the labels that it reads in ``needs``, so that a missing teacher is noticed at the start.
+    """
+
+    def loss(self, student: Transition, labels: Labels) -> tuple[Tensor, Metrics]:
+        """Return the scalar loss, and detached scalars named ``stage/quantity``."""
+        ...
+
+
+class TransitionKL:
+    """Pathwise distillation: the distance of the student's step to the teacher's, states fixed.
+
+        L = mean_b  w(σ_b) · mean_{CHW} (v_θ - v_teacher)²
+
+    With ``ExactKL`` weights, L is the mean KL(p_θ ‖ p_teacher) of the visited steps, in nats per latent dimension, and
+    its gradient is the pathwise term of the gradient of the trajectory KL. Gradient: through v_θ only.
+
+    Args:
+        weighting: w, the worth of a velocity error at each noise level.
+
+    References:
+        DiffusionOPD (arXiv 2605.15055); the first term of the reverse KL's gradient.
+    """
+
+    needs = frozenset({"target"})
+
+    def __init__(self, weighting: Weighting | None = None) -> None:
+        self.weighting = weighting or ExactKL()
+
+    def loss(self, student: Transition, labels: Labels) -> tuple[Tensor, Metrics]:
+        """Return the weighted distance to ``labels.target``."""
+        distance = squared_error(student, known(labels.target, "target"))
+        loss = (self.weighting.weight(student) * distance).mean()
+        return loss, {"distill/loss": loss.detach(), "distill/velocity_mse": distance.detach().mean()}
+
+
+class FlowMatching:
+    """Rectified-flow regression,  L = mean ‖v_θ - (noise - clean)‖², mean over B, C, H, W.
+
+    References:
+        Flow Matching for Generative Modeling (Lipman et al., 2023).
+    """
+
+    needs = frozenset({"target"})
+
+    def loss(self, student: Transition, labels: Labels) -> tuple[Tensor, Metrics]:
+        """Return the mean squared distance to ``labels.target`` = noise - clean."""
+        loss = squared_error(student, known(labels.target, "target")).mean()
+        return loss, {"flow_matching/loss": loss.detach()}
+
+
+class ClippedSurrogate:
+    """PPO's clipped surrogate on the steps of a rollout (GRPO).
+
+        ρ = exp(log p_θ(x'|x) - log p_old(x'|x)),   L = -mean min(ρ·A, clip(ρ, 1 - ε, 1 + ε)·A)
+
+    The log-probabilities are means over latent dimensions, so ρ stays close to 1 and ε is small. Gradient: through
+    log p_θ only.
+
+    Args:
+        clip_range: ε.
+
+    References:
+        PPO (arXiv 1707.06347), Eq. 7; Flow-GRPO (arXiv 2505.05470).
+    """
+
+    needs = frozenset({"x_next", "log_prob_old", "advantage"})
+
+    def __init__(self, clip_range: float = 1e-4) -> None:
+        self.clip_range = clip_range
+
+    def loss(self, student: Transition, labels: Labels) -> tuple[Tensor, Metrics]:
+        """Return the surrogate of ``labels.advantage``."""
+        return surrogate(student, labels, known(labels.advantage, "advantage"), self.clip_range, "policy")
+
+
+class LogRatioSurrogate:
+    """On-policy distillation as a policy gradient: the sampled log-ratio is the advantage.
+
+        A = D · (log p_teacher(x'|x) - log p_old(x'|x)),   L = clipped surrogate of A
+
+    E[A · ∇ρ] = -∇KL(p_θ ‖ p_teacher) on policy: the same expected gradient as ``TransitionKL`` with exact weights, with
+    more variance. Gradient: through log p_θ only.
+
+    Args:
+        clip_range: ε of the surrogate; infinity for none.
+    """
+
+    needs = frozenset({"x_next", "log_prob_old", "target"})
+
+    def __init__(self, clip_range: float = 1e-4) -> None:
+        self.clip_range = clip_range
+
+    def loss(self, student: Transition, labels: Labels) -> tuple[Tensor, Metrics]:
+        """Return the surrogate of the log-ratio to ``labels.target``."""
+        teacher = student.detach().shifted_to(known(labels.target, "target").detach())
+        x_next, log_prob_old = known(labels.x_next, "x_next"), known(labels.log_prob_old, "log_prob_old")
+        advantage = dimensions(student) * (teacher.log_prob(x_next) - log_prob_old)
+        return surrogate(student, labels, advantage, self.clip_range, "distill")
+
+
+class ReturnToGo:
+    """How a step changes which states come later: the other half of the trajectory KL's gradient.
+
+        A_j = -D · Σ_{k>j} K_k(x_k),   L = surrogate of A  [+ pathwise KL]
+
+    With ``pathwise`` the expected gradient is that of J = E[Σ_j K_j], exactly. The sum comes detached from the rollout.
+
+    Args:
+        pathwise: add ``TransitionKL`` with exact weights.
+        clip_range: ε of the surrogate; infinity for none.
+    """
+
+    needs = frozenset({"x_next", "log_prob_old", "target", "kl_to_go"})
+
+    def __init__(self, pathwise: bool = True, clip_range: float = math.inf) -> None:
+        self.pathwise = TransitionKL(ExactKL()) if pathwise else None
+        self.clip_range = clip_range
+
+    def loss(self, student: Transition, labels: Labels) -> tuple[Tensor, Metrics]:
+        """Return the surrogate of ``-labels.kl_to_go``."""
+        advantage = -dimensions(student) * known(labels.kl_to_go, "kl_to_go")
+        loss, metrics = surrogate(student, labels, advantage, self.clip_range, "return_to_go")
+        if self.pathwise is None:
+            return loss, metrics
+        pathwise, more = self.pathwise.loss(student, labels)
+        return loss + pathwise, metrics | more
+
+
+class StateRewardSurrogate:
+    """Flow-OPD's Eq. 10-11 to the letter, for ablations: the step's own KL, detached, is its reward.
+
+        r_j = -K_j(x_j),   L = clipped surrogate of r_j with the ratio of the same step
+
+    K_j depends on the state alone, so it is a baseline: E[r_j · ∇log p(x_{j+1}|x_j)] = 0. It does not learn.
+
+    Args:
+        clip_range: ε of the surrogate.
+
+    References:
+        Flow-OPD (arXiv 2605.08063), Eq. 10-11.
+    """
+
+    needs = frozenset({"x_next", "log_prob_old", "state_kl"})
+
+    def __init__(self, clip_range: float = 1e-4) -> None:
+        self.clip_range = clip_range
+
+    def loss(self, student: Transition, labels: Labels) -> tuple[Tensor, Metrics]:
+        """Return the surrogate of ``-labels.state_kl``."""
+        return surrogate(student, labels, -known(labels.state_kl, "state_kl"), self.clip_range, "state_reward")
+
+
+class ReleasedKL:
+    """What the public Flow-OPD code computes (``kl_only``).
+
+        K = mean (Δmean)² / 2g²,   A_i = clamp(-K_i, ±5) with its gradient,
+        L = -mean_{i,j} min(ρ_j·A_i, clip(ρ_j, 1 - ε, 1 + ε)·A_i)
+
+    A of shape (B, 1) meets ρ of shape (B,), so L is the mean of an outer product. On policy its gradient is the
+    gradient of the mean K, plus noise whose mean is zero. Gradient: through K and through ρ.
+
+    Args:
+        clip_range: ε.
+        advantage_clip: largest K.
+
+    References:
+        The released code of Flow-OPD (arXiv 2605.08063).
+    """
+
+    needs = frozenset({"x_next", "log_prob_old", "target"})
+
+    def __init__(self, clip_range: float = 1e-4, advantage_clip: float = 5.0) -> None:
+        self.clip_range = clip_range
+        self.advantage_clip = advantage_clip
+        self.weighting = Released()
+
+    def loss(self, student: Transition, labels: Labels) -> tuple[Tensor, Metrics]:
+        """Return the outer-product surrogate."""
+        distance = squared_error(student, known(labels.target, "target"))
+        kl = (self.weighting.weight(student) * distance).clamp(max=self.advantage_clip)
+        ratio, _ = importance_ratio(student, labels)
+        gain = torch.minimum(outer(-kl, ratio), outer(-kl, clipped(ratio, self.clip_range)))
+        loss = -gain.mean()
+        return loss, {"distill/loss": loss.detach(), "distill/velocity_mse": distance.detach().mean()}
+
+
+class Anchored:
+    """Any objective plus a pull to the anchor:  L = L_objective + λ · mean w · mean (v_θ - v_anchor)².
+
+    With the frozen aesthetic teacher as anchor this is MAR, Manifold Anchor Regularization; with the base model it is
+    GRPO's KL to the reference. Gradient: through v_θ only.
+
+    Args:
+        objective: the objective to anchor.
+        strength: λ; the paper's 0.02 and the released code's 0.04 go with ``Released`` weights.
+        weighting: w; ``ExactKL`` makes the pull a KL in nats per latent dimension.
+
+    References:
+        Flow-OPD (arXiv 2605.08063), MAR.
+    """
+
+    def __init__(self, objective: Objective, strength: float = 0.02, weighting: Weighting | None = None) -> None:
+        self.objective = objective
+        self.needs = needs(objective) | {"anchor"}
+        self.strength = strength
+        self.weighting = weighting or ExactKL()
+
+    def loss(self, student: Transition, labels: Labels) -> tuple[Tensor, Metrics]:
+        """Return the objective's loss plus the pull to ``labels.anchor``."""
+        loss, metrics = self.objective.loss(student, labels)
+        distance = squared_error(student, known(labels.anchor, "anchor"))
+        pull = (self.weighting.weight(student) * distance).mean()
+        return loss + self.strength * pull, metrics | {"anchor/loss": pull.detach()}
+
+
+def needs(objective: Objective) -> frozenset[str]:
+    """Names of the labels that the objective reads."""
+    return frozenset(getattr(objective, "needs", frozenset()))
+
+
+def squared_error(student: Transition, velocity: Tensor) -> Tensor:
+    """mean_{CHW} (v_θ - v)², (B,); ``velocity`` is detached."""
+    same_shape(student=student.velocity, target=velocity)
+    return row_mean((student.velocity - velocity.detach()) ** 2)
+
+
+def importance_ratio(student: Transition, labels: Labels) -> tuple[Tensor, Tensor]:
+    """ρ = exp(log p_θ - log p_old) and its logarithm, (B,); exactly 1 in the first update after a rollout."""
+    log_prob = student.log_prob(known(labels.x_next, "x_next"))
+    log_prob_old = known(labels.log_prob_old, "log_prob_old").detach()
+    same_shape(log_prob=log_prob, log_prob_old=log_prob_old)
+    log_ratio = log_prob - log_prob_old
+    return torch.exp(log_ratio), log_ratio
+
+
+def surrogate(
+    student: Transition, labels: Labels, advantage: Tensor, clip_range: float, stage: str
+) -> tuple[Tensor, Metrics]:
+    """PPO's clipped surrogate of a detached advantage (B,), and what to watch of its ratio."""
+    ratio, log_ratio = importance_ratio(student, labels)
+    advantage = advantage.detach()  # a weight, not a path to the policy
+    same_shape(ratio=ratio, advantage=advantage)
+    loss = -torch.minimum(ratio * advantage, clipped(ratio, clip_range) * advantage).mean()
+    outside = ((ratio.detach() - 1).abs() > clip_range).float().mean()
+    return loss, {
+        f"{stage}/loss": loss.detach(),
+        f"{stage}/ratio": ratio.detach().mean(),
+        f"{stage}/clip_fraction": outside,
+        f"{stage}/log_ratio": log_ratio.detach().mean(),
+    }
+
+
+def clipped(ratio: Tensor, clip_range: float) -> Tensor:
+    """clip(ρ, 1 - ε, 1 + ε)."""
+    return ratio.clamp(1 - clip_range, 1 + clip_range)
+
+
+def outer(rows: Tensor, columns: Tensor) -> Tensor:
+    """(B, B) products of two (B,) vectors."""
+    return rows[:, None] * columns[None, :]
+
+
+def dimensions(student: Transition) -> int:
+    """D, the number of latent dimensions of one row."""
+    return student.mean[0].numel()
+
+
+def known(label: Tensor | None, name: str) -> Tensor:
+    """The label, or a sentence that says what is missing.
+
+    Raises:
+        ValueError: if nobody labelled the rollout with it.
+    """
+    if label is None:
+        raise ValueError(f"the objective needs labels.{name}, which nothing provided; {_PROVIDERS[name]}")
+    return label
+
+
+_PROVIDERS: dict[str, str] = {
+    "x_next": "collect a rollout with noisy steps",
+    "log_prob_old": "collect a rollout with noisy steps",
+    "advantage": "add a RewardCallback",
+    "target": "add a TeacherCallback",
+    "anchor": "add an AnchorCallback",
+    "state_kl": "add a TeacherCallback and collect whole rollouts (fused: false)",
+    "kl_to_go": "add a TeacherCallback and collect whole rollouts (fused: false)",
+}
+

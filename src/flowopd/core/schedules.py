@@ -1,0 +1,58 @@
+"""Grids of noise levels: T steps need T + 1 levels, from 1 down to 0."""
+
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+
+@runtime_checkable
+class Schedule(Protocol):
+    """A grid of noise levels."""
+
+    def sigmas(self, num_steps: int) -> Tensor:
+        """Return (num_steps + 1,) float32 levels, strictly decreasing from 1 to 0."""
+        ...
+
+
+class LinearSchedule:
+    """Equal steps,  σ_j = 1 - j / T.
+
+    >>> LinearSchedule().sigmas(4)
+    tensor([1.0000, 0.7500, 0.5000, 0.2500, 0.0000])
+    """
+
+    def sigmas(self, num_steps: int) -> Tensor:
+        """Return (num_steps + 1,) float32 levels, strictly decreasing from 1 to 0."""
+        return torch.linspace(1, 0, num_steps + 1, dtype=torch.float64).float()
+
+
+class ShiftedSchedule:
+    """The grid of SD3: timesteps squeezed towards noise,  s(σ) = shift · σ / (1 + (shift - 1) · σ).
+
+    Equal to diffusers' ``FlowMatchEulerDiscreteScheduler``, which shifts twice: its linear grid ends in the shifted
+    smallest level s(1 / N) of its N training timesteps, and the whole grid is shifted again.
+
+    Args:
+        shift: how far the grid leans towards noise; 3 for SD3 and SD3.5, 1 for none.
+        num_train_timesteps: N.
+
+    References:
+        Scaling Rectified Flow Transformers (Esser et al., 2024), Eq. 23.
+
+    >>> ShiftedSchedule(shift=3.0).sigmas(10)[-3:]
+    tensor([0.2781, 0.0089, 0.0000])
+    """
+
+    def __init__(self, shift: float = 3.0, num_train_timesteps: int = 1000) -> None:
+        self.shift = shift
+        self.num_train_timesteps = num_train_timesteps
+
+    def sigmas(self, num_steps: int) -> Tensor:
+        """Return (num_steps + 1,) float32 levels, strictly decreasing from 1 to 0."""
+        smallest = self._shifted(torch.tensor(1 / self.num_train_timesteps, dtype=torch.float64))
+        levels = self._shifted(torch.linspace(1, smallest.item(), num_steps, dtype=torch.float64))
+        return torch.cat([levels, levels.new_zeros(1)]).float()
+
+    def _shifted(self, sigma: Tensor) -> Tensor:
+        return self.shift * sigma / (1 + (self.shift - 1) * sigma)

@@ -1,0 +1,46 @@
+"""Result tables: one row per model, one column per score."""
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+Table = Mapping[str, Mapping[str, float]]
+
+
+def columns(table: Table) -> list[str]:
+    """Column names, in the order of their first appearance."""
+    return list(dict.fromkeys(name for row in table.values() for name in row))
+
+
+def cells(table: Table) -> list[list[str]]:
+    """Rows of text: the model, and its scores to three decimals."""
+    return [[model, *(_cell(row.get(name)) for name in columns(table))] for model, row in table.items()]
+
+
+def markdown_table(table: Table) -> str:
+    """The table in Markdown.
+
+    >>> print(markdown_table({"base": {"text": 0.4}, "student": {"text": 0.75}}))
+    | model | text |
+    |---|---|
+    | base | 0.400 |
+    | student | 0.750 |
+    """
+    header = ["model", *columns(table)]
+    return "\n".join([_line(header), "|---" * len(header) + "|", *map(_line, cells(table))])
+
+
+def write_results(table: Table, folder: Path) -> None:
+    """Write ``results.csv`` and ``results.md``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.md").write_text(markdown_table(table) + "\n", encoding="utf-8")
+    with (folder / "results.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([["model", *columns(table)], *cells(table)])
+
+
+def _line(row: Sequence[str]) -> str:
+    return f"| {' | '.join(row)} |"
+
+
+def _cell(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"

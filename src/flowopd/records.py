@@ -1,0 +1,143 @@
+"""The typed records that flow from prompt to update: frozen, with shapes written.
+
+``Prompt`` → ``Conditioning`` → ``Rollout`` → ``StepBatch``. A new fact is a new field or a new record; nothing here computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowopd.core.dynamics import Transition
+from flowopd.core.objectives import Labels
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One text to draw, and the task that teaches and judges it.
+
+    Args:
+        text: what the text encoders read.
+        task: name of the task; it routes the prompt to its teacher and to its rewards.
+        metadata: whatever a reward needs besides the text (targets, counts, ...).
+    """
+
+    text: str
+    task: str
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """Encoded prompts, one row each.
+
+    Args:
+        tokens: (B, L, D) text tokens for joint attention.
+        pooled: (B, P) pooled text embedding.
+    """
+
+    tokens: Tensor
+    pooled: Tensor
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, rows: Tensor | slice | Sequence[int]) -> Conditioning:
+        return Conditioning(self.tokens[rows], self.pooled[rows])
+
+    def to(self, *args: Any, **kwargs: Any) -> Conditioning:
+        """Move or cast, as ``Tensor.to``."""
+        return Conditioning(self.tokens.to(*args, **kwargs), self.pooled.to(*args, **kwargs))
+
+    def expand(self, rows: int) -> Conditioning:
+        """Repeat a single row, (1, ...) → (rows, ...), without copying."""
+        return Conditioning(self.tokens.expand(rows, -1, -1), self.pooled.expand(rows, -1))
+
+    @staticmethod
+    def cat(parts: Sequence[Conditioning]) -> Conditioning:
+        """Stack along the batch."""
+        return Conditioning(torch.cat([p.tokens for p in parts]), torch.cat([p.pooled for p in parts]))
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """B trajectories of T steps drawn by one policy.
+
+    Args:
+        prompts: B prompts; siblings stand next to each other.
+        cond: their encodings, B rows.
+        sigmas: (T + 1,) noise levels, 1 → 0.
+        latents: (B, T + 1, C, H, W) states, float32, noise first.
+        velocities: (B, T, C, H, W) guided velocity at every visited state.
+        log_probs: (B, T) nats per latent dimension; 0 where the step is deterministic.
+        noisy: (T,) bool, whether noise was injected at the step.
+        labels: what the callbacks found out, each (B, T, ...).
+        metrics: scalars to log with the first step of the rollout.
+    """
+
+    prompts: Sequence[Prompt]
+    cond: Conditioning
+    sigmas: Tensor
+    latents: Tensor
+    velocities: Tensor
+    log_probs: Tensor
+    noisy: Tensor
+    labels: Labels = field(default_factory=Labels)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+    def label(self, **facts: Tensor) -> Rollout:
+        """The same rollout, knowing more."""
+        return replace(self, labels=replace(self.labels, **facts))
+
+    def log(self, metrics: Mapping[str, float]) -> Rollout:
+        """The same rollout, with scalars to log."""
+        return replace(self, metrics={**self.metrics, **metrics})
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """B visited states, the unit of one ``training_step``.
+
+    Args:
+        x: (B, C, H, W) states, float32.
+        sigma, sigma_next: (B,) noise levels of the step, in [0, 1].
+        noisy: (B,) bool, whether the step injects noise.
+        cond: encodings, B rows.
+        tasks: B task names.
+        labels: what is known about the states, each (B, ...).
+        metrics: scalars to log with this batch.
+        advance: on the fused road, called with the student's detached transition; it moves the trajectory on.
+    """
+
+    x: Tensor
+    sigma: Tensor
+    sigma_next: Tensor
+    noisy: Tensor
+    cond: Conditioning
+    tasks: Sequence[str]
+    labels: Labels = field(default_factory=Labels)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    advance: Callable[[Transition], None] | None = None
+
+    def label(self, **facts: Tensor) -> StepBatch:
+        """The same batch, knowing more."""
+        return replace(self, labels=replace(self.labels, **facts))
+
+
+@dataclass(frozen=True)
+class EvaluationBatch:
+    """B held-out prompts to draw.
+
+    Args:
+        prompts: B prompts.
+        noise: (B, C, H, W) starting noise, the same for every model that is compared.
+        counted: (B,) bool; False for rows that only pad the batch, so that all ranks run alike.
+    """
+
+    prompts: Sequence[Prompt]
+    noise: Tensor
+    counted: Tensor

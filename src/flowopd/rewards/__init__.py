@@ -1,0 +1,5 @@
+"""Rewards: anything that scores images."""
+
+from flowopd.rewards.base import Reward
+
+__all__ = ["Reward"]

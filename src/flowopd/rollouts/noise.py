@@ -1,0 +1,55 @@
+"""Noise that belongs to its row: the same for every batch size, order and number of ranks."""
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class RowNoise:
+    """Standard normal noise for B rows, drawn from one seed per row and step.
+
+    A row's noise depends on its own key alone, so that splitting a rollout over micro-batches or ranks, or resuming a
+    run, changes nothing.
+
+    Args:
+        shape: (C, H, W) of a latent.
+        starts: B keys of the starting noise; siblings may share one.
+        rows: B keys of the noise of the steps, all different.
+        device: where the noise is wanted; it is drawn on the CPU, so that every device sees the same.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        starts: Sequence[object],
+        rows: Sequence[object],
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.shape = shape
+        self.starts = starts
+        self.rows = rows
+        self.device = device
+
+    def start(self) -> Tensor:
+        """Starting noise (B, C, H, W)."""
+        return self._draw("start", self.starts, self.shape)
+
+    def step(self, index: int) -> Tensor:
+        """Noise (B, C, H, W) of step ``index``."""
+        return self.named(f"step {index}", self.shape)
+
+    def named(self, name: str, shape: tuple[int, ...] = ()) -> Tensor:
+        """Further noise (B, *shape), the same whenever it is asked for by the same name."""
+        return self._draw(name, self.rows, shape)
+
+    def _draw(self, name: str, keys: Sequence[object], shape: tuple[int, ...]) -> Tensor:
+        drawn = {key: torch.randn(shape, generator=generator(f"{name} {key}")) for key in dict.fromkeys(keys)}
+        return torch.stack([drawn[key] for key in keys]).to(self.device)
+
+
+def generator(key: object) -> torch.Generator:
+    """A CPU generator seeded by the text of ``key``."""
+    digest = hashlib.blake2b(str(key).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest) >> 1)

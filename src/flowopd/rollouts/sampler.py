@@ -1,0 +1,136 @@
+"""The only place where a step is taken: for rollouts, for training and for evaluation."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from flowopd.core.dynamics import ODE, Dynamics, FlowSDE, Transition
+from flowopd.core.schedules import Schedule, ShiftedSchedule
+from flowopd.records import Conditioning, Prompt, Rollout, StepBatch
+from flowopd.rollouts.noise import RowNoise
+
+
+class VelocityField(Protocol):
+    """Anything that says where a state should go."""
+
+    def __call__(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+        """Velocity (B, C, H, W) at x (B, C, H, W) and σ (B,)."""
+        ...
+
+
+class Sampler:
+    """Grid, dynamics and noise window of a policy.
+
+    Args:
+        num_steps: T, steps of a rollout.
+        schedule: the grid of noise levels; default: SD3's, shifted by 3.
+        dynamics: how a noisy step moves; default: Flow-SDE at level 0.7.
+        window: [first, last) steps that inject noise; the others follow the ODE. Default: all but the last.
+        trained: [first, last) steps that are trained on. Default: the window, and if the dynamics is the ODE all but
+            the last.
+        eval_steps: steps of the ODE when drawing for evaluation; default: as many as in a rollout.
+        guidance_scale: s of the policy, in rollouts, training and evaluation alike.
+
+    Raises:
+        ValueError: if a window is empty or reaches outside the steps.
+    """
+
+    def __init__(
+        self,
+        num_steps: int = 10,
+        schedule: Schedule | None = None,
+        dynamics: Dynamics | None = None,
+        window: tuple[int, int] | None = None,
+        trained: tuple[int, int] | None = None,
+        eval_steps: int | None = None,
+        guidance_scale: float = 1.0,
+    ) -> None:
+        self.num_steps = num_steps
+        self.schedule = schedule or ShiftedSchedule()
+        self.dynamics = dynamics or FlowSDE()
+        self.window = _checked_window("window", window or (0, num_steps - 1), num_steps)
+        self.trained = _checked_window("trained", trained or self.window, num_steps)
+        self.eval_steps = eval_steps or num_steps
+        self.guidance_scale = guidance_scale
+
+    def sigmas(self) -> Tensor:
+        """The grid of a rollout, (T + 1,)."""
+        return self.schedule.sigmas(self.num_steps)
+
+    def noisy(self) -> Tensor:
+        """(T,) bool, which steps inject noise."""
+        steps = torch.arange(self.num_steps)
+        stochastic = not isinstance(self.dynamics, ODE)
+        return (steps >= self.window[0]) & (steps < self.window[1]) & stochastic
+
+    def trained_steps(self) -> range:
+        """Indices of the steps that are trained on."""
+        return range(*self.trained)
+
+    def transition(self, batch: StepBatch, velocity: Tensor) -> Transition:
+        """The step that a velocity (B, C, H, W) proposes at the states of a batch."""
+        return self.dynamics.step(batch.x, velocity, batch.sigma, batch.sigma_next, batch.noisy)
+
+    def at(self, x: Tensor, step: int, cond: Conditioning, tasks: Sequence[str]) -> StepBatch:
+        """States x (B, C, H, W) before step ``step``."""
+        sigmas, noisy, rows = self.sigmas().to(x.device), self.noisy().to(x.device), (len(x),)
+        return StepBatch(
+            x=x,
+            sigma=sigmas[step].expand(rows),
+            sigma_next=sigmas[step + 1].expand(rows),
+            noisy=noisy[step].expand(rows),
+            cond=cond,
+            tasks=tasks,
+        )
+
+    @torch.no_grad()
+    def rollout(self, field: VelocityField, prompts: Sequence[Prompt], cond: Conditioning, noise: RowNoise) -> Rollout:
+        """Draw one trajectory per prompt.
+
+        Args:
+            field: the policy's velocity.
+            prompts: B prompts.
+            cond: their encodings.
+            noise: their noise.
+        """
+        x = noise.start()
+        tasks = [prompt.task for prompt in prompts]
+        latents, velocities, log_probs = [x], [], []
+        for j in range(self.num_steps):
+            batch = self.at(x, j, cond, tasks)
+            step = self.transition(batch, field(x, batch.sigma, cond))
+            x = step.sample(noise.step(j)) if bool(batch.noisy[0]) else step.mean
+            latents.append(x)
+            velocities.append(step.velocity)
+            log_probs.append(step.log_prob(x))
+        return Rollout(
+            prompts=prompts,
+            cond=cond,
+            sigmas=self.sigmas().to(x.device),
+            latents=torch.stack(latents, 1),
+            velocities=torch.stack(velocities, 1),
+            log_probs=torch.stack(log_probs, 1),
+            noisy=self.noisy().to(x.device),
+        )
+
+    @torch.no_grad()
+    def draw(self, field: VelocityField, cond: Conditioning, x: Tensor) -> Tensor:
+        """Follow the ODE from noise x (B, C, H, W) to clean latents (B, C, H, W)."""
+        sigmas = self.schedule.sigmas(self.eval_steps).to(x.device)
+        for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:], strict=True):
+            levels = sigma.expand(len(x)), sigma_next.expand(len(x))
+            x = ODE().step(x, field(x, levels[0], cond), *levels).mean
+        return x
+
+
+def _checked_window(name: str, window: tuple[int, int], num_steps: int) -> tuple[int, int]:
+    first, last = window
+    if not 0 <= first < last <= num_steps:
+        raise ValueError(
+            f"{name} [{first}, {last}) does not lie inside the {num_steps} steps; expected 0 ≤ first < last ≤ {num_steps}"
+        )
+    return first, last
+
+

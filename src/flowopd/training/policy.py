@@ -1,0 +1,197 @@
+"""FlowPolicy: an adapter on a frozen backbone, sampled, trained and evaluated by one Sampler."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+
+from flowopd.core.objectives import Objective, needs
+from flowopd.evaluation import Scoreboard
+from flowopd.models import Backbone, LoRASpec, Merge
+from flowopd.models.lora import Adapter, adapter_parameters, add_adapter, attach, read_adapter, take_adapter
+from flowopd.records import Conditioning, EvaluationBatch, Prompt, Rollout, StepBatch
+from flowopd.rollouts import RowNoise, Sampler, VelocityField
+from flowopd.training.signals import Signals, signals_of
+
+STUDENT = "student"
+
+
+class FlowPolicy(LightningModule):
+    """A policy to train. Subclasses choose what the steps of its rollouts are trained on.
+
+    Args:
+        backbone: the frozen model.
+        objective: what a visited step is trained on.
+        sampler: grid, dynamics and guidance, for rollouts, training and evaluation alike.
+        lora: shape of the adapter, if it starts from nothing.
+        start: an adapter folder, a model of the hub, or a merge of several, to start from instead.
+        optimizer: built over the adapter's parameters.
+        scheduler: stepped after every optimiser step.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        objective: Objective,
+        sampler: Sampler | None = None,
+        lora: LoRASpec | None = None,
+        start: str | Merge | None = None,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.objective = objective
+        self.sampler = sampler or Sampler()
+        self.lora = lora or LoRASpec()
+        self.start = start
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.network: nn.Module | None = None
+        self.strict_loading = False  # a checkpoint holds the adapter, not the frozen backbone
+
+    @cached_property
+    def scoreboard(self) -> Scoreboard:
+        """Means of the evaluation's scores."""
+        averaged = [callback.name for callback in self.signals.rewards if callback.in_average]
+        return Scoreboard([callback.name for callback in self.signals.rewards], averaged).to(self.device)
+
+    @property
+    def signals(self) -> Signals:
+        """Rewards, teachers and anchor, as the trainer's callbacks brought them."""
+        return signals_of(self.trainer)
+
+    def needs(self) -> frozenset[str]:
+        """Labels that training reads."""
+        return needs(self.objective)
+
+    def configure_model(self) -> None:
+        """Load the backbone, then attach the student and every teacher, before anything wraps or shards it."""
+        if self.network is not None:
+            return
+        self.backbone.load(self.trainer.strategy.root_device)
+        self._attach_student()
+        self.signals.attach(self.backbone)
+        self.network = self.backbone.network
+
+    def _attach_student(self) -> None:
+        if self.start is None:
+            return add_adapter(self.backbone.network, STUDENT, self.lora)
+        adapter = self.start.adapter() if isinstance(self.start, Merge) else read_adapter(self.start)
+        return attach(self.backbone.network, STUDENT, adapter, trainable=True)
+
+    def velocity(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+        """The student's guided velocity (B, C, H, W) at x (B, C, H, W) and σ (B,)."""
+        return self.backbone.velocity(x, sigma, cond, STUDENT, self.sampler.guidance_scale)
+
+    def behaviour(self, tasks: Sequence[str]) -> VelocityField:
+        """The velocity field that samples rollouts of these tasks: the student's own."""
+        return self.velocity
+
+    def rollout(self, prompts: Sequence[Prompt], noise: RowNoise) -> Rollout:
+        """Draw one trajectory per prompt with the behaviour policy."""
+        cond = self.backbone.encode([prompt.text for prompt in prompts])
+        return self.sampler.rollout(self.behaviour([prompt.task for prompt in prompts]), prompts, cond, noise)
+
+    def check(self, tasks: Sequence[str]) -> None:
+        """Raise unless the callbacks provide what training on these tasks needs.
+
+        Raises:
+            ValueError: saying what is missing.
+        """
+        self.signals.check(self.needs(), tasks)
+
+    def label(self, rollouts: list[Rollout], group_size: int) -> list[Rollout]:
+        """Add what can only be known of finished trajectories."""
+        if self.needs() & {"state_kl", "kl_to_go"}:
+            return [self.signals.label_trajectory(rollout, self.sampler) for rollout in rollouts]
+        return rollouts
+
+    def batches_per_rollout(self) -> int:
+        """How many step batches ``cut`` makes of a rollout."""
+        return len(self.sampler.trained_steps())
+
+    def cut(self, rollout: Rollout, noise: RowNoise) -> Iterator[StepBatch]:
+        """Cut a rollout into one batch per trained step; its rows stay together, as they were sampled."""
+        tasks = [prompt.task for prompt in rollout.prompts]
+        for j in self.sampler.trained_steps():
+            batch = self.sampler.at(rollout.latents[:, j], j, rollout.cond, tasks)
+            yield replace(batch, metrics=rollout.metrics).label(
+                x_next=rollout.latents[:, j + 1],
+                log_prob_old=rollout.log_probs[:, j],
+                **{name: value[:, j] for name, value in rollout.labels.known().items()},
+            )
+
+    def training_step(self, batch: StepBatch, batch_idx: int) -> Tensor:
+        """One objective on one batch of visited states."""
+        student = self.sampler.transition(batch, self.velocity(batch.x, batch.sigma, batch.cond))
+        loss, metrics = self.objective.loss(student, batch.labels)
+        if batch.advance is not None:
+            batch.advance(student.detach())
+        self.log_dict({**metrics, **batch.metrics}, on_step=False, on_epoch=True, batch_size=len(batch.x))
+        return loss
+
+    @torch.no_grad()
+    def draw(self, prompts: Sequence[Prompt], noise: Tensor, field: VelocityField | None = None) -> Tensor:
+        """Draw images (B, 3, H, W) in [0, 1] by the ODE from noise (B, C, H, W), with any velocity field."""
+        cond = self.backbone.encode([prompt.text for prompt in prompts])
+        return self.backbone.decode(self.sampler.draw(field or self.velocity, cond, noise))
+
+    def validation_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
+        """Draw held-out prompts and score them."""
+        self.scoreboard.update(self.signals.score(self.draw(batch.prompts, batch.noise), batch.prompts), batch.counted)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log every reward's mean as ``val/<reward>``."""
+        stage = "test" if self.trainer.testing else "val"
+        self.log_dict({f"{stage}/{name}": value for name, value in self.scoreboard.compute().items()}, sync_dist=False)
+        self.scoreboard.reset()
+
+    def test_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
+        """As ``validation_step``."""
+        self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        """Log every reward's mean as ``test/<reward>``."""
+        self.on_validation_epoch_end()
+
+    def predict_step(self, batch: EvaluationBatch, batch_idx: int) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] of held-out prompts."""
+        return self.draw(batch.prompts, batch.noise)
+
+    def configure_optimizers(self) -> Any:  # noqa: ANN401 - Lightning's union of shapes
+        """Optimiser over the adapter, and its schedule in optimiser steps."""
+        optimizer = self.optimizer(adapter_parameters(self.backbone.network, STUDENT))
+        if self.scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.scheduler(optimizer), "interval": "step"}}
+
+    def student(self) -> Adapter:
+        """A copy of the student's adapter."""
+        return take_adapter(self.backbone.network, STUDENT)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The student's tensors only; teachers and the backbone are found again by the config."""
+        state: Mapping[str, Any] = super().state_dict(*args, **kwargs)
+        return {key: value for key, value in state.items() if f".{STUDENT}." in key}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another adapter.
+
+        Raises:
+            ValueError: naming a tensor that does not fit.
+        """
+        mine = {key: tuple(value.shape) for key, value in self.state_dict().items()}
+        theirs = {key: tuple(value.shape) for key, value in checkpoint["state_dict"].items()}
+        if mine != theirs:
+            key = next(iter(dict(mine.items() ^ theirs.items())))
+            raise ValueError(
+                f"the checkpoint holds another adapter: {key} has shape {theirs.get(key)} there and {mine.get(key)} here"
+            )

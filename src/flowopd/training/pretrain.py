@@ -1,0 +1,170 @@
+"""Pre-training of the tiles world: full-parameter flow matching on pictures rendered on the fly."""
+
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule
+from torch import Tensor
+from torch.nn import functional as F
+
+from flowopd.core.paths import interpolate
+from flowopd.tiles.build import load, paint
+from flowopd.tiles.rewards import Composition, Crispness, Text
+from flowopd.tiles.world import TilesPrompts, parse, render
+
+TASKS = ("composition", "text")
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """A sized, endless-by-seed stream of (images, texts); epoch e of seed s is always the same.
+
+    Args:
+        batch_size: pictures per batch, half of them of each task.
+        batches: batches per epoch.
+        drop_text: share of texts replaced by "", so that guidance has something to compare with.
+        seed: of prompts and places.
+    """
+
+    batch_size: int
+    batches: int
+    drop_text: float
+    seed: int
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self) -> Iterator[tuple[Tensor, list[str]]]:
+        for index in range(self.batches):
+            yield self.batch(self.seed * self.batches + index)
+
+    def batch(self, seed: int) -> tuple[Tensor, list[str]]:
+        """Images (B, 3, 32, 32) in [0, 1] and the B texts they show."""
+        prompts = [prompt for task in TASKS for prompt in TilesPrompts(task).draw(self.batch_size // 2, seed)]
+        dropped = torch.rand(len(prompts), generator=torch.Generator().manual_seed(seed)) < self.drop_text
+        texts = ["" if drop else prompt.text for drop, prompt in zip(dropped.tolist(), prompts, strict=True)]
+        return render(prompts, seed), texts
+
+
+class RenderedPairs(LightningDataModule):
+    """Rendered (picture, text) pairs to train on, held-out texts to draw in validation.
+
+    Args:
+        batch_size: pictures per update, half of them of each task.
+        batches: updates per epoch.
+        drop_text: share of texts replaced by "".
+        held_out: held-out texts per task and validation.
+        seed: of prompts and places.
+    """
+
+    def __init__(
+        self, batch_size: int = 128, batches: int = 100, drop_text: float = 0.1, held_out: int = 128, seed: int = 0
+    ) -> None:
+        super().__init__()
+        self.batch_size = batch_size
+        self.batches = batches
+        self.drop_text = drop_text
+        self.held_out = held_out
+        self.seed = seed
+
+    def train_dataloader(self) -> Pairs:
+        """One epoch of pairs; every epoch, and every rank, sees others (needs reload_dataloaders_every_n_epochs=1)."""
+        trainer = self.trainer
+        epoch, rank, ranks = (trainer.current_epoch, trainer.global_rank, trainer.world_size) if trainer else (0, 0, 1)
+        return Pairs(self.batch_size, self.batches, self.drop_text, (self.seed * 10_000 + epoch) * ranks + rank)
+
+    def val_dataloader(self) -> list[list[str]]:
+        """One batch of held-out texts per task."""
+        return [[prompt.text for prompt in TilesPrompts(task, "test").draw(self.held_out, seed=1)] for task in TASKS]
+
+
+class Pretrain(LightningModule):
+    """Flow matching of the transformer and both text encoders; the autoencoder is frozen.
+
+    L = mean |v(x_σ, σ, text) - (noise - clean)|²,  σ = sigmoid(m + s · n),  n ~ N(0, 1).
+
+    Args:
+        pipeline: folder to start from, as ``python -m flowopd.tiles.build autoencoder`` writes it.
+        out: where the trained pipeline is saved, in float16.
+        lr: peak learning rate of AdamW, reached after ``warmup`` updates and followed by a cosine to 0.
+        warmup: share of the updates spent warming up.
+        sigma_mean: m, where training noise levels centre, in logits.
+        sigma_std: s, how widely they spread, in logits.
+        num_steps: Euler steps of the pictures drawn in validation.
+    """
+
+    def __init__(
+        self,
+        pipeline: Path,
+        out: Path,
+        lr: float = 1.5e-3,
+        warmup: float = 0.05,
+        sigma_mean: float = 0.3,
+        sigma_std: float = 1.2,
+        num_steps: int = 10,
+    ) -> None:
+        super().__init__()
+        self.pipe = load(pipeline)
+        self.transformer = self.pipe.transformer
+        self.text_encoder = self.pipe.text_encoder
+        self.text_encoder_2 = self.pipe.text_encoder_2
+        self.vae = self.pipe.vae.requires_grad_(False)
+        self.out = out
+        self.lr = lr
+        self.warmup = warmup
+        self.sigma_mean = sigma_mean
+        self.sigma_std = sigma_std
+        self.num_steps = num_steps
+
+    def training_step(self, batch: tuple[Tensor, list[str]], batch_idx: int) -> Tensor:
+        """One batch of flow matching."""
+        images, texts = batch
+        clean = self.encode(images)
+        noise = torch.randn_like(clean)
+        sigma = torch.sigmoid(self.sigma_mean + self.sigma_std * torch.randn(len(clean), device=self.device))
+        velocity = self.velocity(interpolate(clean, noise, sigma), sigma, texts)
+        loss = F.mse_loss(velocity, noise - clean)
+        self.log("pretrain/loss", loss, prog_bar=True, on_step=False, on_epoch=True, batch_size=len(images))
+        return loss
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Images (B, 3, 32, 32) in [0, 1] → latents (B, 4, 8, 8) of mean 0 and deviation 1."""
+        latents = self.vae.encode(2 * images - 1).latent_dist.mode()
+        return (latents - self.vae.config.shift_factor) * self.vae.config.scaling_factor
+
+    def velocity(self, x: Tensor, sigma: Tensor, texts: list[str]) -> Tensor:
+        """The velocity the stock pipeline would follow; gradient reaches the text encoders through its own encoder."""
+        tokens, _, pooled, _ = self.pipe.encode_prompt(
+            texts, texts, texts, device=self.device, do_classifier_free_guidance=False, max_sequence_length=0
+        )
+        return self.transformer(x, tokens, pooled, 1000 * sigma, return_dict=False)[0]
+
+    def validation_step(self, texts: list[str], batch_idx: int) -> None:
+        """Draw held-out texts and log their mean rewards."""
+        prompts = [parse(text) for text in texts]
+        images = paint(self.pipe, texts, self.num_steps, seed=0)
+        task = prompts[0].task
+        reward = Composition if task == "composition" else Text
+        rewards = {task: reward(), f"{task}_strict": reward(strict=True), f"{task}_crispness": Crispness()}
+        scores = {f"eval/{name}": reward.score(images, prompts).mean() for name, reward in rewards.items()}
+        self.log_dict(scores, batch_size=len(texts), sync_dist=True, prog_bar=True)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """AdamW; linear warm-up, then cosine to zero at the last update."""
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=self.lr, weight_decay=0.01, betas=(0.9, 0.99))
+        updates = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, self.lr, total_steps=updates, pct_start=self.warmup, cycle_momentum=False
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_train_end(self) -> None:
+        """Save the stock pipeline folder."""
+        if self.trainer.is_global_zero:
+            deepcopy(self.pipe).to(torch.float16).save_pretrained(self.out)

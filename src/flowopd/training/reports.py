@@ -1,0 +1,203 @@
+"""What people look at: progress, image grids, the exported adapter and the table at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from rich.console import Console
+from rich.table import Table as RichTable
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from flowopd.evaluation import Scoreboard, contact_sheet, write_results
+from flowopd.evaluation.tables import cells, columns
+from flowopd.models.lora import save_adapter
+from flowopd.records import EvaluationBatch
+from flowopd.rollouts import VelocityField
+from flowopd.teachers import BaseTeacher
+from flowopd.training.policy import FlowPolicy
+from flowopd.training.rollout_data import RolloutDataModule
+
+
+class Progress(Callback):
+    """One bar over the rollout iterations, with rate, time left and the latest figures.
+
+    Args:
+        figures: how many of the latest metrics to show.
+    """
+
+    def __init__(self, figures: int = 4) -> None:
+        self.figures = figures
+        self._bar: Any = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Open the bar."""
+        total = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else None
+        self._bar = tqdm(
+            total=total,
+            initial=trainer.current_epoch,
+            unit="it",
+            desc=type(pl_module).__name__,
+            disable=not trainer.is_global_zero,
+            dynamic_ncols=True,
+        )
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """One more iteration is done."""
+        latest = {name.split("/", 1)[-1]: f"{float(v):.3g}" for name, v in trainer.callback_metrics.items()}
+        self._bar.set_postfix(dict(list(latest.items())[: self.figures]), refresh=False)
+        self._bar.update()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Close the bar."""
+        self._bar.close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Close the bar, so that the message stands on its own line."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+class AdapterExport(Callback):
+    """Writes the trained adapter in peft layout to ``<run>/adapter`` when the fit ends."""
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write it once."""
+        if isinstance(pl_module, FlowPolicy) and trainer.is_global_zero:
+            save_adapter(pl_module.student(), run_folder(trainer) / "adapter")
+
+
+class ImageGrid(Callback):
+    """Draws a few held-out prompts from fixed noise: at the start, every few iterations, and at the end with all teachers.
+
+    Args:
+        prompts_per_task: images of each task.
+        every: iterations between two grids; 0 draws the first and the last alone.
+    """
+
+    def __init__(self, prompts_per_task: int = 4, every: int = 0) -> None:
+        self.prompts_per_task = prompts_per_task
+        self.every = every
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The policy before training."""
+        self._save(trainer, {"student": _policy(pl_module).velocity})
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The policy along the way."""
+        if self.every and (trainer.current_epoch + 1) % self.every == 0:
+            self._save(trainer, {"student": _policy(pl_module).velocity}, trainer.current_epoch + 1)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Every model beside every other."""
+        self._save(trainer, fields(_policy(pl_module)), name="models")
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Every model beside every other."""
+        self.on_fit_end(trainer, pl_module)
+
+    def _save(self, trainer: Trainer, models: dict[str, VelocityField], step: int = 0, name: str = "") -> None:
+        policy, batch = _policy(trainer.lightning_module), self._batch(trainer)
+        images = {model: policy.draw(batch.prompts, batch.noise, field) for model, field in models.items()}
+        if trainer.is_global_zero:
+            path = run_folder(trainer) / "images" / f"{name or f'iteration_{step:05d}'}.png"
+            contact_sheet(images, [prompt.text for prompt in batch.prompts], path)
+            _to_tensorboard(trainer, images, step)
+
+    def _batch(self, trainer: Trainer) -> EvaluationBatch:
+        data = _data(trainer)
+        return data.few_held_out(self.prompts_per_task)
+
+
+class ResultsTable(Callback):
+    """Scores the base, every teacher, the cold start and the student on all held-out prompts.
+
+    Prints the table, and writes ``results.md`` and ``results.csv`` to the run folder, when a fit or a test ends.
+    """
+
+    def __init__(self) -> None:
+        self.rows: dict[str, dict[str, float]] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Score the student before its first update: the cold start."""
+        policy = _policy(pl_module)
+        if policy.start is not None and "cold-start" not in self.rows:
+            self.rows["cold-start"] = evaluate(policy, policy.velocity, "cold-start")
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Score everything else, and show the table."""
+        policy = _policy(pl_module)
+        scored = {name: evaluate(policy, field, name) for name, field in fields(policy).items()}
+        student = scored.pop("student")
+        table = {**scored, **self.rows, "student": student}
+        if trainer.is_global_zero:
+            write_results(table, run_folder(trainer))
+            show(table)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The same table, for a model that was trained before."""
+        self.on_fit_end(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The cold start's scores: a resumed run cannot measure them again."""
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Remember the cold start's scores."""
+        self.rows = state_dict["rows"]
+
+
+def fields(policy: FlowPolicy) -> dict[str, VelocityField]:
+    """The base, every teacher, the anchor and the student, by name."""
+    base = BaseTeacher(policy.sampler.guidance_scale)
+    base.attach(policy.backbone)
+    teachers = {name: teacher.velocity for name, teacher in policy.signals.fields().items()}
+    return {"base": base.velocity, **teachers, "student": policy.velocity}
+
+
+@torch.no_grad()
+def evaluate(policy: FlowPolicy, field: VelocityField, name: str) -> dict[str, float]:
+    """Mean scores of a velocity field on all held-out prompts, by reward."""
+    signals = policy.signals
+    averaged = [callback.name for callback in signals.rewards if callback.in_average]
+    board = Scoreboard([callback.name for callback in signals.rewards], averaged).to(policy.device)
+    for batch in _watched(_data(policy.trainer).evaluation_loader(), f"scoring {name}", policy.trainer.is_global_zero):
+        board.update(signals.score(policy.draw(batch.prompts, batch.noise, field), batch.prompts), batch.counted)
+    return board.compute()
+
+
+def show(table: dict[str, dict[str, float]]) -> None:
+    """Print a table."""
+    rich = RichTable("model", *columns(table))
+    for row in cells(table):
+        rich.add_row(*row)
+    Console().print(rich)
+
+
+def run_folder(trainer: Trainer) -> Path:
+    """Where a run keeps everything."""
+    return Path(trainer.default_root_dir)
+
+
+def _watched(loader: Any, what: str, shown: bool) -> Iterator[EvaluationBatch]:  # noqa: ANN401
+    yield from tqdm(loader, desc=what, unit="batch", leave=False, disable=not shown, dynamic_ncols=True)
+
+
+def _policy(module: Any) -> FlowPolicy:  # noqa: ANN401
+    return cast(FlowPolicy, module)
+
+
+def _data(trainer: Trainer) -> RolloutDataModule:
+    return cast(RolloutDataModule, trainer.datamodule)  # type: ignore[attr-defined]
+
+
+def _to_tensorboard(trainer: Trainer, images: dict[str, Tensor], step: int) -> None:
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            for name, batch in images.items():
+                logger.experiment.add_images(f"images/{name}", batch.cpu(), step)

@@ -1,0 +1,281 @@
+"""Rollouts as a data module: one Lightning epoch is one rollout iteration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from lightning import LightningDataModule
+from torch import Tensor
+
+from flowopd.core.dynamics import Transition
+from flowopd.prompts import Mixture, PromptSource
+from flowopd.records import EvaluationBatch, Prompt, Rollout, StepBatch
+from flowopd.rollouts import RowNoise
+
+if TYPE_CHECKING:
+    from flowopd.training.policy import FlowPolicy
+
+
+class RolloutDataModule(LightningDataModule):
+    """Samples the current policy's trajectories on its own device and cuts them into step batches.
+
+    Everything random is a function of the seed, the iteration and the row, so that batch sizes and the number of ranks
+    change nothing, and the iteration is all there is to resume.
+
+    Args:
+        prompts: training prompts of each task.
+        prompts_per_iteration: distinct prompts of one iteration, over all tasks and ranks.
+        group_size: trajectories per prompt (siblings).
+        batch_size: rows of one forward; must divide the rows of a rank.
+        ratio: shares of the tasks; default: equal.
+        alternate: give whole iterations to one task at a time.
+        share_start: siblings start from the same noise.
+        fused: the forward that trains a step also advances the trajectory: half the forwards, for objectives that need
+            only velocities (``TransitionKL``, ``Anchored``).
+        evaluation_prompts: held-out prompts of each task; default: the training sources, differently seeded.
+        evaluation_count: held-out prompts per task.
+        evaluation_batch_size: images drawn at a time.
+        seed: seed of prompts and noise.
+
+    Raises:
+        ValueError: if sizes do not divide one another.
+    """
+
+    def __init__(
+        self,
+        prompts: dict[str, PromptSource],
+        prompts_per_iteration: int = 16,
+        group_size: int = 1,
+        batch_size: int = 16,
+        ratio: dict[str, int] | None = None,
+        alternate: bool = False,
+        share_start: bool = False,
+        fused: bool = False,
+        evaluation_prompts: dict[str, PromptSource] | None = None,
+        evaluation_count: int = 256,
+        evaluation_batch_size: int = 128,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.mixture = Mixture(prompts, ratio, alternate)
+        self.mixture.counts(prompts_per_iteration, 0)
+        self.prompts_per_iteration = prompts_per_iteration
+        self.group_size = group_size
+        self.batch_size = batch_size
+        self.share_start = share_start
+        self.fused = fused
+        self.evaluation_prompts = evaluation_prompts or prompts
+        self.evaluation_count = evaluation_count
+        self.evaluation_batch_size = evaluation_batch_size
+        self.seed = seed
+        self.iteration = 0
+        self._check_sizes(world_size=1)
+
+    @property
+    def policy(self) -> FlowPolicy:
+        """The module that is trained."""
+        assert self.trainer is not None
+        return cast("FlowPolicy", self.trainer.lightning_module)
+
+    def setup(self, stage: str) -> None:
+        """Check sizes, signals and the road before any long work.
+
+        Raises:
+            ValueError: if something does not divide, or the objective needs what nothing provides.
+        """
+        assert self.trainer is not None
+        self._check_sizes(self.trainer.world_size)
+        if stage == "fit":
+            self.policy.check(list(self.mixture.sources))
+            self._check_road()
+
+    def _check_sizes(self, world_size: int) -> None:
+        if self.prompts_per_iteration % world_size:
+            raise ValueError(f"{self.prompts_per_iteration} prompts per iteration do not divide over {world_size} ranks")
+        rows = self.prompts_per_iteration // world_size * self.group_size
+        if rows % self.batch_size:
+            raise ValueError(
+                f"{self.prompts_per_iteration // world_size} prompts of {self.group_size} siblings are {rows} rows, which "
+                f"do not fill batches of {self.batch_size}; choose a batch_size that divides {rows}"
+            )
+
+    def _check_road(self) -> None:
+        assert self.trainer is not None
+        needs, steps = self.policy.needs(), self.policy.batches_per_rollout()
+        if self.fused and (extra := needs - {"target", "anchor"}):
+            raise ValueError(f"fused rollouts cannot provide {sorted(extra)}, which the objective needs; set fused: false")
+        if self.fused and self.trainer.accumulate_grad_batches % steps:
+            raise ValueError(
+                f"accumulate_grad_batches is {self.trainer.accumulate_grad_batches}, so an optimiser step would fall "
+                f"inside a fused trajectory; choose a multiple of its {steps} trained steps"
+            )
+
+    def train_dataloader(self) -> RolloutLoader:
+        """A sized iterable, so that Lightning does not prefetch (a prefetched batch would be off-policy by one)."""
+        return RolloutLoader(self._batches, self._chunks() * self.policy.batches_per_rollout())
+
+    def _chunks(self) -> int:
+        assert self.trainer is not None
+        return self.prompts_per_iteration // self.trainer.world_size * self.group_size // self.batch_size
+
+    def _batches(self) -> Iterator[StepBatch]:
+        batches = self._fused() if self.fused else self._whole()
+        last = self._chunks() * self.policy.batches_per_rollout() - 1
+        for index, batch in enumerate(batches):
+            if index == last:  # so that the checkpoint at the end of the epoch counts this iteration as done
+                self.iteration += 1
+            yield batch
+
+    def _whole(self) -> Iterator[StepBatch]:
+        needs = self.policy.needs()
+        draws = list(self._draws())
+        for rollout, (_, noise) in zip(self.collect(draws), draws, strict=True):
+            for batch in self.policy.cut(rollout, noise):
+                with self._sampling():
+                    labelled = self.policy.signals.label_states(batch, needs)
+                yield labelled
+
+    def _fused(self) -> Iterator[StepBatch]:
+        needs, sampler = self.policy.needs(), self.policy.sampler
+        for prompts, noise in self._draws():
+            tasks = [prompt.task for prompt in prompts]
+            cond, x, trained = self.policy.backbone.encode([p.text for p in prompts]), noise.start(), sampler.trained_steps()
+            for j in range(trained.stop):
+                state = _Advance(sampler.at(x, j, cond, tasks))
+                with self._sampling():
+                    if j in trained:
+                        batch = self.policy.signals.label_states(state.batch, needs)
+                    else:
+                        state.advance(sampler.transition(state.batch, self.policy.velocity(x, state.batch.sigma, cond)))
+                if j in trained:
+                    yield replace(batch, advance=state.advance)
+                x = state.next(noise, j)
+
+    def collect(self, draws: Sequence[tuple[list[Prompt], RowNoise]]) -> list[Rollout]:
+        """Draw and label the rollouts of one iteration, without gradient and in the precision of training."""
+        with self._sampling():
+            rollouts = [self.policy.rollout(prompts, noise) for prompts, noise in draws]
+            return self.policy.label(rollouts, self.group_size)
+
+    @contextmanager
+    def _sampling(self) -> Iterator[None]:
+        """No gradient, eval mode, and the precision of the training forward (else the ratio would not start at 1)."""
+        assert self.trainer is not None
+        training = self.policy.training
+        self.policy.eval()
+        try:
+            with torch.no_grad(), self.trainer.precision_plugin.forward_context():
+                yield
+        finally:
+            self.policy.train(training)
+
+    def _draws(self) -> Iterator[tuple[list[Prompt], RowNoise]]:
+        """Prompts and noise of this rank's chunks."""
+        assert self.trainer is not None
+        prompts = self.mixture.draw(self.prompts_per_iteration, self.iteration, self.seed)
+        share = len(prompts) // self.trainer.world_size
+        first = self.trainer.global_rank * share
+        rows = [(group, sibling) for group in range(first, first + share) for sibling in range(self.group_size)]
+        for chunk in (rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)):
+            yield [prompts[group] for group, _ in chunk], self._noise(chunk)
+
+    def _noise(self, rows: Sequence[tuple[int, int]]) -> RowNoise:
+        keys = [f"{self.seed} {self.iteration} {group} {sibling}" for group, sibling in rows]
+        groups = [f"{self.seed} {self.iteration} {group}" for group, _ in rows]
+        shape = self.policy.backbone.latent_shape()
+        return RowNoise(shape, groups if self.share_start else keys, keys, self.policy.device)
+
+    def evaluation_loader(self) -> RolloutLoader:
+        """Held-out prompts of every task, with noise that is the same for every model."""
+        return RolloutLoader(self._evaluation_batches, len(self._evaluation_chunks()))
+
+    def val_dataloader(self) -> RolloutLoader:
+        """Held-out prompts."""
+        return self.evaluation_loader()
+
+    def test_dataloader(self) -> RolloutLoader:
+        """Held-out prompts."""
+        return self.evaluation_loader()
+
+    def predict_dataloader(self) -> RolloutLoader:
+        """Held-out prompts."""
+        return self.evaluation_loader()
+
+    def held_out(self) -> list[Prompt]:
+        """All held-out prompts, ``evaluation_count`` per task."""
+        sources = self.evaluation_prompts.values()
+        return [prompt for source in sources for prompt in source.draw(self.evaluation_count, seed=-1)]
+
+    def few_held_out(self, per_task: int) -> EvaluationBatch:
+        """The first held-out prompts of every task, with the noise they have in the evaluation; alike on all ranks."""
+        tasks = range(len(self.evaluation_prompts))
+        rows = [task * self.evaluation_count + i for task in tasks for i in range(min(per_task, self.evaluation_count))]
+        return self._evaluation_batch(self.held_out(), rows)
+
+    def _evaluation_chunks(self) -> list[list[int]]:
+        """This rank's rows, padded so that every rank has as many batches of the same sizes."""
+        assert self.trainer is not None
+        world, total = self.trainer.world_size, self.evaluation_count * len(self.evaluation_prompts)
+        rows = list(range(self.trainer.global_rank, total + -total % world, world))
+        return [rows[i : i + self.evaluation_batch_size] for i in range(0, len(rows), self.evaluation_batch_size)]
+
+    def _evaluation_batches(self) -> Iterator[EvaluationBatch]:
+        prompts = self.held_out()
+        for rows in self._evaluation_chunks():
+            yield self._evaluation_batch(prompts, rows)
+
+    def _evaluation_batch(self, prompts: Sequence[Prompt], rows: Sequence[int]) -> EvaluationBatch:
+        shape = self.policy.backbone.latent_shape()
+        noise = RowNoise(shape, [f"evaluation {row}" for row in rows], rows, self.policy.device)
+        counted = torch.tensor([row < len(prompts) for row in rows], device=self.policy.device)
+        return EvaluationBatch([prompts[row % len(prompts)] for row in rows], noise.start(), counted)
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:  # noqa: ANN401
+        """Batches are born on the policy's device."""
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """The iteration is all there is to resume."""
+        return {"iteration": self.iteration}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on with the next iteration."""
+        self.iteration = state_dict["iteration"]
+
+
+@dataclass
+class RolloutLoader:
+    """A sized iterable; not a torch DataLoader, so Lightning injects no sampler.
+
+    Args:
+        batches: makes a generator; nothing runs before its first ``next``.
+        length: how many batches it yields, the same on every rank.
+    """
+
+    batches: Callable[[], Iterator[Any]]
+    length: int
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.batches()
+
+
+class _Advance:
+    """The slot through which a training step hands its transition back to a fused trajectory."""
+
+    def __init__(self, batch: StepBatch) -> None:
+        self.batch = batch
+        self.transition: Transition | None = None
+
+    def advance(self, transition: Transition) -> None:
+        self.transition = transition
+
+    def next(self, noise: RowNoise, step: int) -> Tensor:
+        assert self.transition is not None, "the training step did not advance its trajectory"
+        return self.transition.sample(noise.step(step)) if bool(self.batch.noisy[0]) else self.transition.mean

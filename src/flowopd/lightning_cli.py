@@ -43,7 +43,7 @@ class FlowCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Keep the command line's values: Lightning would let those in the checkpoint win, silently."""
 
-    def instantiate_trainer(self, **kwargs: Any) -> Trainer:  # noqa: ANN401
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Give the run its folder, its loggers and the callbacks that every run has."""
         folder = self._run_folder()
         print(f"run folder: {folder}", flush=True)
@@ -87,7 +87,7 @@ class Farewell(Callback):
 def run() -> None:
     """Parse, build and run. Bad input is one sentence and exit code 2."""
     jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
-    OmegaConf.register_new_resolver("tiles", lambda name: str(asset(name)), replace=True)
+    OmegaConf.register_resolver("tiles", lambda name: str(asset(name)), replace=True)
     _quieten()
     try:
         FlowCLI()
@@ -102,8 +102,16 @@ def run() -> None:
 def _refuse(error: Exception) -> None:
     if os.environ.get("FLOWOPD_DEBUG"):
         traceback.print_exc()
-    print(f"flowopd: error: {error}", file=sys.stderr)
+    print(f"flowopd: error: {_sentence(error)}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def _sentence(error: Exception) -> str:
+    """The parser's many lines without the alternatives that nobody meant."""
+    noise = ("Does not validate", "Subtypes:", "Errors:", "Given value", "- Expected a <class 'NoneType'>")
+    text = error.args[0] if isinstance(error, KeyError) else str(error)
+    lines = [line.strip() for line in text.splitlines()]
+    return " ".join(line.removeprefix("- ") for line in lines if line and not line.startswith(noise))
 
 
 def _is_ours(error: BaseException) -> bool:

@@ -1,6 +1,7 @@
 """The typed records that flow from prompt to update: frozen, with shapes written.
 
-``Prompt`` → ``Conditioning`` → ``Rollout`` → ``StepBatch``. A new fact is a new field or a new record; nothing here computes.
+``Prompt`` → ``Conditioning`` → ``Rollout`` → ``StepBatch``. A new fact is a new field or a new record; nothing here
+computes.
 """
 
 from __future__ import annotations

@@ -21,7 +21,9 @@ class GroupAdvantage:
         Flow-GRPO (arXiv 2505.05470), whose released code scales by the batch.
     """
 
-    def __init__(self, scale: Literal["group", "batch", "none"] = "batch", clip: float = 5.0, eps: float = 1e-4) -> None:
+    def __init__(
+        self, scale: Literal["group", "batch", "none"] = "batch", clip: float = 5.0, eps: float = 1e-4
+    ) -> None:
         self.scale = scale
         self.clip = clip
         self.eps = eps

@@ -47,7 +47,9 @@ class Transition(Gaussian):
         """The step that another velocity proposes at the same state:  mean' = mean + gain · (v' - v)."""
         same_shape(velocity=self.velocity, other=velocity)
         mean = self.mean + expand_like(self.gain, velocity) * (velocity - self.velocity)
-        return Transition(mean, self.std, velocity=velocity, gain=self.gain, sigma=self.sigma, sigma_next=self.sigma_next)
+        return Transition(
+            mean, self.std, velocity=velocity, gain=self.gain, sigma=self.sigma, sigma_next=self.sigma_next
+        )
 
     def detach(self) -> "Transition":
         """The same step without gradient."""
@@ -97,7 +99,7 @@ class ODE(Dynamics):
 
 
 class _ScoreSDE(Dynamics):
-    """Euler-Maruyama step of the SDE with diffusion g(σ) and the ODE's marginals, dt = σ' - σ < 0:
+    """Euler-Maruyama step of the SDE with diffusion g(σ) and the ODE's marginals; dt = σ' - σ < 0.
 
     mean = x · (1 + g²·dt / 2σ) + v · (1 + g²(1 - σ) / 2σ) · dt
     std  = g · sqrt(-dt)

@@ -344,4 +344,3 @@ _PROVIDERS: dict[str, str] = {
     "state_kl": "add a TeacherCallback and collect whole rollouts (fused: false)",
     "kl_to_go": "add a TeacherCallback and collect whole rollouts (fused: false)",
 }
-

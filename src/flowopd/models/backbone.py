@@ -1,7 +1,7 @@
-"""The Backbone protocol: one frozen network that carries every policy as an adapter."""
+"""The Backbone: one frozen network that carries every policy as an adapter."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -9,31 +9,32 @@ from torch import Tensor, nn
 from flowopd.records import Conditioning
 
 
-@runtime_checkable
-class Backbone(Protocol):
+class Backbone(ABC):
     """A frozen text-to-image model with named adapters; which one a forward uses is part of the call."""
 
-    network: nn.Module
-    """The velocity network that carries the adapters."""
+    @property
+    @abstractmethod
+    def network(self) -> nn.Module:
+        """The velocity network that carries the adapters."""
 
+    @abstractmethod
     def load(self, device: torch.device | str = "cpu") -> None:
         """Read the weights; doing it twice is doing it once."""
-        ...
 
+    @abstractmethod
     def latent_shape(self) -> tuple[int, int, int]:
         """Return (C, H, W) of a latent."""
-        ...
 
+    @abstractmethod
     def encode(self, texts: Sequence[str]) -> Conditioning:
         """Encode texts, one row each, without gradient."""
-        ...
 
+    @abstractmethod
     def velocity(
         self, x: Tensor, sigma: Tensor, cond: Conditioning, adapter: str | None = None, guidance_scale: float = 1.0
     ) -> Tensor:
         """Return the guided velocity (B, C, H, W), float32, of an adapter, or of the base model for ``None``."""
-        ...
 
+    @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
         """Return images (B, 3, H, W) in [0, 1], float32, without gradient."""
-        ...

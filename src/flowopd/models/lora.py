@@ -56,7 +56,7 @@ class LoRASpec:
         """The same in peft's words."""
         return LoraConfig(
             r=self.rank,
-            lora_alpha=self.alpha,
+            lora_alpha=self.alpha,  # type: ignore[arg-type]  # peft takes any number
             target_modules=list(self.targets),
             init_lora_weights="gaussian" if self.init == "gaussian" else True,
         )
@@ -114,7 +114,9 @@ def _local_folder(path: str, subfolder: str | None, revision: str | None) -> Pat
         if root.is_absolute() or path.startswith(".") or path.count("/") != 1:
             raise FileNotFoundError(f"adapter folder {path!r} does not exist")
         try:
-            root = Path(snapshot_download(path, revision=revision, allow_patterns=f"{subfolder}/*" if subfolder else None))
+            root = Path(
+                snapshot_download(path, revision=revision, allow_patterns=f"{subfolder}/*" if subfolder else None)
+            )
         except Exception as error:  # the hub raises many kinds; all of them mean: not here
             message = f"adapter {path!r} is neither a folder nor a reachable model of the hub"
             raise FileNotFoundError(f"{message} ({type(error).__name__})") from error
@@ -178,7 +180,7 @@ def _check_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], 
 
 def take_adapter(network: nn.Module, name: str) -> Adapter:
     """Copy an adapter off the network."""
-    config: LoraConfig = network.peft_config[name]  # type: ignore[operator, index, assignment]
+    config: LoraConfig = network.peft_config[name]  # type: ignore[index, assignment]
     return Adapter(config, {key: value.detach().clone() for key, value in _tensors(network, name).items()})
 
 
@@ -245,7 +247,9 @@ def _concatenate(parts: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
 def _average_factors(parts: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
     shapes = {(int(part.config.r), part.scale(), *sorted(part.tensors)) for part in parts}
     if len(shapes) > 1:
-        raise ValueError("factors can only be averaged between adapters of one rank, scale and target; use method: exact")
+        raise ValueError(
+            "factors can only be averaged between adapters of one rank, scale and target; use method: exact"
+        )
     keys = parts[0].tensors
     pairs = list(zip(parts, weights, strict=True))
     tensors = {key: torch.stack([weight * part.tensors[key] for part, weight in pairs]).sum(0) for key in keys}

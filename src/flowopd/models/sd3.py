@@ -11,11 +11,12 @@ from diffusers import StableDiffusion3Pipeline
 from torch import Tensor, nn
 
 from flowopd.core.guidance import guided
+from flowopd.models.backbone import Backbone
 from flowopd.models.lora import use_adapter
 from flowopd.records import Conditioning
 
 
-class SD3Backbone:
+class SD3Backbone(Backbone):
     """A ``StableDiffusion3Pipeline`` folder or hub id as a backbone of velocities.
 
     The transformer is frozen and carries all adapters. Text is encoded once per prompt and kept.

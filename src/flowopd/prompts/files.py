@@ -50,5 +50,7 @@ class PromptFile:
             text = fields.pop("text", None) or fields.pop("prompt")
             metadata = {**(parse(text).metadata if parse else {}), **fields}
         except (ValueError, KeyError, AttributeError) as error:
-            raise ValueError(f"line {number} of {self.path!r} is not a prompt of task {self.task!r}: {error}") from error
+            raise ValueError(
+                f"line {number} of {self.path!r} is not a prompt of task {self.task!r}: {error}"
+            ) from error
         return Prompt(text, self.task, metadata)

@@ -1,6 +1,7 @@
 """The only place where a step is taken: for rollouts, for training and for evaluation."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -119,7 +120,7 @@ class Sampler:
     def draw(self, field: VelocityField, cond: Conditioning, x: Tensor) -> Tensor:
         """Follow the ODE from noise x (B, C, H, W) to clean latents (B, C, H, W)."""
         sigmas = self.schedule.sigmas(self.eval_steps).to(x.device)
-        for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:], strict=True):
+        for sigma, sigma_next in pairwise(sigmas):
             levels = sigma.expand(len(x)), sigma_next.expand(len(x))
             x = ODE().step(x, field(x, levels[0], cond), *levels).mean
         return x
@@ -129,8 +130,7 @@ def _checked_window(name: str, window: tuple[int, int], num_steps: int) -> tuple
     first, last = window
     if not 0 <= first < last <= num_steps:
         raise ValueError(
-            f"{name} [{first}, {last}) does not lie inside the {num_steps} steps; expected 0 ≤ first < last ≤ {num_steps}"
+            f"{name} [{first}, {last}) does not lie inside the {num_steps} steps; "
+            f"expected 0 ≤ first < last ≤ {num_steps}"
         )
     return first, last
-
-

@@ -131,7 +131,9 @@ class FullTeacher:
 
 def _check_changes_something(adapter: Adapter, path: str) -> None:
     if not any(bool(value.any()) for key, value in adapter.tensors.items() if "lora_B" in key):
-        raise ValueError(f"teacher {path!r} changes nothing: all of its B factors are zero, so it equals the base model")
+        raise ValueError(
+            f"teacher {path!r} changes nothing: all of its B factors are zero, so it equals the base model"
+        )
 
 
 def _attach_named(backbone: Backbone, name: str, adapter: Adapter, path: str) -> None:

@@ -15,15 +15,16 @@ from diffusers import (
 )
 from jsonargparse import auto_cli
 from torch import Tensor
-from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 from flowopd.tiles.glyphs import COLOURS, GRID, SHAPES, SIZE, SPRITES, draw
 from flowopd.tiles.rewards import Composition, Crispness, Text
-from flowopd.tiles.world import NUMBERS, TilesPrompts, render
+from flowopd.tiles.world import NUMBERS, TASKS, Task, TilesPrompts, render
 
 PROMPT_LENGTH = 12  # tokens: 'text red "KAHO"' is 2 words, 2 quotes, 4 letters, begin and end
+
+REWARDS: dict[Task, type[Composition | Text]] = {"composition": Composition, "text": Text}
 
 
 def merges(word: str) -> list[tuple[str, str]]:
@@ -126,8 +127,9 @@ def scatter(count: int, generator: torch.Generator) -> Tensor:
 def reconstruction_loss(model: AutoencoderKL, images: Tensor) -> Tensor:
     """L = L1 + 2 · MSE + 1e-5 · KL,  pixels in [-1, 1] averaged, KL in nats per image."""
     posterior = model.encode(2 * images - 1).latent_dist
-    error = model.decode(posterior.sample()).sample - (2 * images - 1)
-    return error.abs().mean() + 2 * error.square().mean() + 1e-5 * posterior.kl().mean()
+    error: Tensor = model.decode(posterior.sample()).sample - (2 * images - 1)
+    rate: Tensor = posterior.kl().mean()
+    return error.abs().mean() + 2 * error.square().mean() + 1e-5 * rate
 
 
 def train(model: AutoencoderKL, updates: int, seed: int) -> None:
@@ -148,7 +150,7 @@ def train(model: AutoencoderKL, updates: int, seed: int) -> None:
 @torch.no_grad()
 def standardise(model: AutoencoderKL) -> None:
     """Measure mean and deviation of latents, so that  (z - shift) · scale  has mean 0 and deviation 1."""
-    prompts = [p for task in ("composition", "text") for p in TilesPrompts(task).draw(512, seed=0)]
+    prompts = [p for task in TASKS for p in TilesPrompts(task).draw(512, seed=0)]
     latents = model.encode(2 * render(prompts, seed=0) - 1).latent_dist.mode()
     model.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
 
@@ -156,12 +158,12 @@ def standardise(model: AutoencoderKL) -> None:
 @torch.no_grad()
 def reconstruction_scores(model: AutoencoderKL) -> dict[str, float]:
     """Mean rewards of encoded and decoded pictures; 1 is perfect."""
-    scores = {}
-    for task, reward in (("composition", Composition(strict=True)), ("text", Text(strict=True))):
+    scores: dict[str, float] = {}
+    for task in TASKS:
         prompts = TilesPrompts(task, "test").draw(256, seed=1)
         latents = model.encode(2 * render(prompts, seed=1) - 1).latent_dist.mode()
         images = (model.decode(latents).sample / 2 + 0.5).clamp(0, 1)
-        scores[task] = reward.score(images, prompts).mean().item()
+        scores[task] = REWARDS[task](strict=True).score(images, prompts).mean().item()
         scores[f"{task}/crispness"] = Crispness().score(images, prompts).mean().item()
     return scores
 
@@ -203,7 +205,7 @@ def load(folder: Path) -> StableDiffusion3Pipeline:
 def paint(pipe: StableDiffusion3Pipeline, texts: list[str], num_steps: int, seed: int) -> Tensor:
     """Draw texts without guidance on a linear grid: (B, 3, 32, 32) in [0, 1]."""
     pipe.set_progress_bar_config(disable=True)
-    return pipe(
+    images: Tensor = pipe(
         texts,
         sigmas=[1 - i / num_steps for i in range(num_steps)],
         guidance_scale=1.0,
@@ -211,16 +213,17 @@ def paint(pipe: StableDiffusion3Pipeline, texts: list[str], num_steps: int, seed
         generator=torch.Generator().manual_seed(seed),
         output_type="pt",
     ).images
+    return images
 
 
 def drawing_scores(pipe: StableDiffusion3Pipeline, count: int, num_steps: int, seed: int) -> dict[str, float]:
     """Mean rewards on held-out prompts, strict ones too, named ``task/reward``."""
-    scores = {}
-    for task, reward in (("composition", Composition), ("text", Text)):
+    scores: dict[str, float] = {}
+    for task in TASKS:
         prompts = TilesPrompts(task, "test").draw(count, seed)
         images = paint(pipe, [prompt.text for prompt in prompts], num_steps, seed)
-        scores[task] = reward().score(images, prompts).mean().item()
-        scores[f"{task}/strict"] = reward(strict=True).score(images, prompts).mean().item()
+        scores[task] = REWARDS[task]().score(images, prompts).mean().item()
+        scores[f"{task}/strict"] = REWARDS[task](strict=True).score(images, prompts).mean().item()
         scores[f"{task}/crispness"] = Crispness().score(images, prompts).mean().item()
     return scores
 

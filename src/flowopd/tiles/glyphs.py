@@ -16,7 +16,9 @@ LETTERS = "AEHIKLMOPUXZ"
 GLYPHS = (*SHAPES, *LETTERS)
 
 # Background first. Any two are at least 0.66 apart in RGB, so a nearest colour is never in doubt.
-PALETTE = torch.tensor([[0.97, 0.97, 0.97], [0.85, 0.10, 0.10], [0.05, 0.60, 0.15], [0.10, 0.20, 0.90], [0.95, 0.75, 0.0]])
+PALETTE = torch.tensor(
+    [[0.97, 0.97, 0.97], [0.85, 0.10, 0.10], [0.05, 0.60, 0.15], [0.10, 0.20, 0.90], [0.95, 0.75, 0.0]]
+)
 
 _ROWS = {  # 7 × 7 bitmaps, "/" ends a row; any two differ in at least 8 pixels
     "circle": "..###../.#####./#######/#######/#######/.#####./..###..",

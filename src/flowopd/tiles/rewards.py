@@ -7,7 +7,20 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flowopd.records import Prompt
-from flowopd.tiles.glyphs import COLOURS, GLYPHS, GRID, LETTERS, PALETTE, SHAPES, SIZE, SPRITES, TILE, UNKNOWN, code, cut
+from flowopd.tiles.glyphs import (
+    COLOURS,
+    GLYPHS,
+    GRID,
+    LETTERS,
+    PALETTE,
+    SHAPES,
+    SIZE,
+    SPRITES,
+    TILE,
+    UNKNOWN,
+    code,
+    cut,
+)
 from flowopd.tiles.world import parse
 
 # Mean squared RGB distance per pixel beyond which a tile shows nothing of the world. Two glyphs of one colour
@@ -28,7 +41,7 @@ def read(images: Tensor) -> Tensor:
     """
     tiles = cut(images.float().nan_to_num()).flatten(0, 1).flatten(1)
     distance, codes = torch.cdist(tiles, SPRITES.to(tiles).flatten(1)).min(dim=-1)
-    return codes.masked_fill(distance.square() > REJECT * TILE * TILE, UNKNOWN).view(len(images), -1)
+    return codes.masked_fill(distance.square() > REJECT * TILE * TILE, UNKNOWN).view(-1, GRID * GRID)
 
 
 def _checked(images: Tensor, prompts: Sequence[Prompt]) -> Tensor:

@@ -21,6 +21,7 @@ Task = Literal["composition", "text"]
 Split = Literal["train", "test"]
 Clause: TypeAlias = tuple[int, str, str]  # how many, colour, shape
 
+TASKS: tuple[Task, ...] = get_args(Task)
 NUMBERS = ("one", "two", "three", "four")
 HELD_OUT = 10  # one text in so many is kept for testing
 
@@ -41,7 +42,7 @@ def parse(text: str) -> Prompt:
 def _parse_text(text: str) -> Prompt:
     found = re.fullmatch(r'text (\S+) "([^"]*)"', text)
     if not found:
-        raise _unknown(text, f"{text!r} is", ['text red "KAHO"'], "a text prompt")
+        raise _unknown(text, text, ['text red "KAHO"'], "a text prompt")
     colour, word = found.groups()
     _check(text, colour, COLOURS, "a colour")
     for letter in word:
@@ -62,7 +63,7 @@ def _parse_composition(text: str) -> Prompt:
 def _parse_clause(text: str, clause: str) -> Clause:
     words = clause.split(" ")
     if len(words) != 3:
-        raise _unknown(text, f"{clause!r} is", ["two red circle"], "a clause")
+        raise _unknown(text, clause, ["two red circle"], "a clause")
     for word, known, what in zip(words, (NUMBERS, COLOURS, SHAPES), ("a number", "a colour", "a shape"), strict=True):
         _check(text, word, known, what)
     return NUMBERS.index(words[0]) + 1, words[1], words[2]
@@ -70,11 +71,11 @@ def _parse_clause(text: str, clause: str) -> Clause:
 
 def _check(text: str, word: str, known: Sequence[str], what: str) -> None:
     if word not in known:
-        raise _unknown(text, f"{word!r} is", known, what)
+        raise _unknown(text, word, known, what)
 
 
-def _unknown(text: str, found: str, known: Sequence[str], what: str) -> ValueError:
-    return ValueError(f"prompt {text!r}: {found} not {what} of the tiles world ({', '.join(known)})")
+def _unknown(text: str, word: str, known: Sequence[str], what: str) -> ValueError:
+    return ValueError(f"prompt {text!r}: {word!r} is not {what} of the tiles world ({', '.join(known)})")
 
 
 def split_of(prompt: Prompt) -> Split:
@@ -95,7 +96,7 @@ class TilesPrompts:
     """
 
     def __init__(self, task: Task, split: Split = "train") -> None:
-        for value, known in ((task, get_args(Task)), (split, get_args(Split))):
+        for value, known in ((task, TASKS), (split, get_args(Split))):
             if value not in known:
                 raise ValueError(f"TilesPrompts knows {known}, got {value!r}")
         self.task = task

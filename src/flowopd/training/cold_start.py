@@ -88,7 +88,9 @@ class ColdStart(FlowPolicy):
         if isinstance(self.strategy, SFT):
             self.signals.router.check(tasks)
         elif self.trainer.max_epochs != 0:
-            raise ValueError(f"a merge is not trained, but trainer.max_epochs is {self.trainer.max_epochs}; set it to 0")
+            raise ValueError(
+                f"a merge is not trained, but trainer.max_epochs is {self.trainer.max_epochs}; set it to 0"
+            )
 
     def behaviour(self, tasks: Sequence[str]) -> VelocityField:
         """The routed teachers sample."""

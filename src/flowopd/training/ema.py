@@ -32,7 +32,7 @@ class EMA(Callback):
             self._step = self._model.optimization_step * self.every
         self._model.to(pl_module.device)
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:  # noqa: ANN401
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Average after an optimiser step, not after every micro-batch."""
         if trainer.global_step > self._step and trainer.global_step % self.every == 0:
             self._step = trainer.global_step

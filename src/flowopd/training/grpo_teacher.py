@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
@@ -65,6 +67,6 @@ class GRPOTeacher(FlowPolicy):
 
     def _advantage(self, rewards: Tensor, group_size: int) -> Tensor:
         """Advantages of this rank's rows, scaled by the rewards of all ranks."""
-        everywhere = self.all_gather(rewards).reshape(-1)
+        everywhere = cast(Tensor, self.all_gather(rewards)).reshape(-1)
         rows = slice(self.global_rank * len(rewards), (self.global_rank + 1) * len(rewards))
         return self.advantage(everywhere, group_size)[rows]

@@ -14,8 +14,8 @@ from flowopd.training.policy import FlowPolicy
 class OPDStudent(FlowPolicy):
     """The student samples its own trajectories; each row learns from its task's teacher at every visited state.
 
-    Wrap the objective in ``Anchored`` and add an ``AnchorCallback`` for MAR. No image is decoded and no reward is called
-    while training.
+    Wrap the objective in ``Anchored`` and add an ``AnchorCallback`` for MAR. No image is decoded and no reward is
+    called while training.
 
     Args:
         backbone: the frozen model.

@@ -177,7 +177,7 @@ class FlowPolicy(LightningModule):
         """A copy of the student's adapter."""
         return take_adapter(self.backbone.network, STUDENT)
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The student's tensors only; teachers and the backbone are found again by the config."""
         state: Mapping[str, Any] = super().state_dict(*args, **kwargs)
         return {key: value for key, value in state.items() if f".{STUDENT}." in key}
@@ -193,5 +193,5 @@ class FlowPolicy(LightningModule):
         if mine != theirs:
             key = next(iter(dict(mine.items() ^ theirs.items())))
             raise ValueError(
-                f"the checkpoint holds another adapter: {key} has shape {theirs.get(key)} there and {mine.get(key)} here"
+                f"the checkpoint holds another adapter: {key} has shape {theirs.get(key)} there, {mine.get(key)} here"
             )

@@ -4,19 +4,17 @@ from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.nn import functional as F
 
 from flowopd.core.paths import interpolate
-from flowopd.tiles.build import load, paint
-from flowopd.tiles.rewards import Composition, Crispness, Text
-from flowopd.tiles.world import TilesPrompts, parse, render
-
-TASKS = ("composition", "text")
+from flowopd.tiles.build import REWARDS, load, paint
+from flowopd.tiles.rewards import Crispness
+from flowopd.tiles.world import TASKS, TilesPrompts, parse, render
 
 
 @dataclass(frozen=True)
@@ -50,6 +48,20 @@ class Pairs:
         return render(prompts, seed), texts
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """One batch of ``count`` held-out texts per task."""
+
+    count: int
+
+    def __len__(self) -> int:
+        return len(TASKS)
+
+    def __iter__(self) -> Iterator[list[str]]:
+        for task in TASKS:
+            yield [prompt.text for prompt in TilesPrompts(task, "test").draw(self.count, seed=1)]
+
+
 class RenderedPairs(LightningDataModule):
     """Rendered (picture, text) pairs to train on, held-out texts to draw in validation.
 
@@ -77,9 +89,9 @@ class RenderedPairs(LightningDataModule):
         epoch, rank, ranks = (trainer.current_epoch, trainer.global_rank, trainer.world_size) if trainer else (0, 0, 1)
         return Pairs(self.batch_size, self.batches, self.drop_text, (self.seed * 10_000 + epoch) * ranks + rank)
 
-    def val_dataloader(self) -> list[list[str]]:
-        """One batch of held-out texts per task."""
-        return [[prompt.text for prompt in TilesPrompts(task, "test").draw(self.held_out, seed=1)] for task in TASKS]
+    def val_dataloader(self) -> HeldOut:
+        """The held-out texts to draw."""
+        return HeldOut(self.held_out)
 
 
 class Pretrain(LightningModule):
@@ -113,6 +125,7 @@ class Pretrain(LightningModule):
         self.text_encoder = self.pipe.text_encoder
         self.text_encoder_2 = self.pipe.text_encoder_2
         self.vae = self.pipe.vae.requires_grad_(False)
+        self.train()  # nothing here drops out; lightning warns of parts left in eval mode
         self.out = out
         self.lr = lr
         self.warmup = warmup
@@ -134,27 +147,29 @@ class Pretrain(LightningModule):
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, 3, 32, 32) in [0, 1] → latents (B, 4, 8, 8) of mean 0 and deviation 1."""
-        latents = self.vae.encode(2 * images - 1).latent_dist.mode()
-        return (latents - self.vae.config.shift_factor) * self.vae.config.scaling_factor
+        latents: Tensor = self.vae.encode(2 * images - 1).latent_dist.mode()
+        shift, scale = self.vae.config.shift_factor, self.vae.config.scaling_factor
+        return latents.sub(shift).mul(scale)
 
     def velocity(self, x: Tensor, sigma: Tensor, texts: list[str]) -> Tensor:
         """The velocity the stock pipeline would follow; gradient reaches the text encoders through its own encoder."""
         tokens, _, pooled, _ = self.pipe.encode_prompt(
             texts, texts, texts, device=self.device, do_classifier_free_guidance=False, max_sequence_length=0
         )
-        return self.transformer(x, tokens, pooled, 1000 * sigma, return_dict=False)[0]
+        velocity: Tensor = self.transformer(x, tokens, pooled, 1000 * sigma, return_dict=False)[0]
+        return velocity
 
     def validation_step(self, texts: list[str], batch_idx: int) -> None:
         """Draw held-out texts and log their mean rewards."""
         prompts = [parse(text) for text in texts]
         images = paint(self.pipe, texts, self.num_steps, seed=0)
-        task = prompts[0].task
-        reward = Composition if task == "composition" else Text
+        task = TASKS[batch_idx]
+        reward = REWARDS[task]
         rewards = {task: reward(), f"{task}_strict": reward(strict=True), f"{task}_crispness": Crispness()}
         scores = {f"eval/{name}": reward.score(images, prompts).mean() for name, reward in rewards.items()}
         self.log_dict(scores, batch_size=len(texts), sync_dist=True, prog_bar=True)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW; linear warm-up, then cosine to zero at the last update."""
         parameters = [p for p in self.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=self.lr, weight_decay=0.01, betas=(0.9, 0.99))

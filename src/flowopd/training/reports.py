@@ -73,7 +73,7 @@ class AdapterExport(Callback):
 
 
 class ImageGrid(Callback):
-    """Draws a few held-out prompts from fixed noise: at the start, every few iterations, and at the end with all teachers.
+    """Draws a few held-out prompts from fixed noise: at the start, along the way, and at the end with all teachers.
 
     Args:
         prompts_per_task: images of each task.

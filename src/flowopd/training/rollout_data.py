@@ -95,19 +95,23 @@ class RolloutDataModule(LightningDataModule):
 
     def _check_sizes(self, world_size: int) -> None:
         if self.prompts_per_iteration % world_size:
-            raise ValueError(f"{self.prompts_per_iteration} prompts per iteration do not divide over {world_size} ranks")
+            raise ValueError(
+                f"{self.prompts_per_iteration} prompts per iteration do not divide over {world_size} ranks"
+            )
         rows = self.prompts_per_iteration // world_size * self.group_size
         if rows % self.batch_size:
             raise ValueError(
-                f"{self.prompts_per_iteration // world_size} prompts of {self.group_size} siblings are {rows} rows, which "
-                f"do not fill batches of {self.batch_size}; choose a batch_size that divides {rows}"
+                f"{self.prompts_per_iteration // world_size} prompts of {self.group_size} siblings are {rows} rows, "
+                f"which do not fill batches of {self.batch_size}; choose a batch_size that divides {rows}"
             )
 
     def _check_road(self) -> None:
         assert self.trainer is not None
         needs, steps = self.policy.needs(), self.policy.batches_per_rollout()
         if self.fused and (extra := needs - {"target", "anchor"}):
-            raise ValueError(f"fused rollouts cannot provide {sorted(extra)}, which the objective needs; set fused: false")
+            raise ValueError(
+                f"fused rollouts cannot provide {sorted(extra)}, which the objective needs; set fused: false"
+            )
         if self.fused and self.trainer.accumulate_grad_batches % steps:
             raise ValueError(
                 f"accumulate_grad_batches is {self.trainer.accumulate_grad_batches}, so an optimiser step would fall "
@@ -143,7 +147,11 @@ class RolloutDataModule(LightningDataModule):
         needs, sampler = self.policy.needs(), self.policy.sampler
         for prompts, noise in self._draws():
             tasks = [prompt.task for prompt in prompts]
-            cond, x, trained = self.policy.backbone.encode([p.text for p in prompts]), noise.start(), sampler.trained_steps()
+            cond, x, trained = (
+                self.policy.backbone.encode([p.text for p in prompts]),
+                noise.start(),
+                sampler.trained_steps(),
+            )
             for j in range(trained.stop):
                 state = _Advance(sampler.at(x, j, cond, tasks))
                 with self._sampling():

@@ -68,6 +68,7 @@ class _CarriesTeacher(Callback):
     """A teacher in the trainer; refuses to go on from a checkpoint that was taught by another one."""
 
     teacher: Teacher
+    name: str
 
     def state_dict(self) -> dict[str, Any]:
         """The teacher's fingerprint; its weights stay out of our checkpoints."""
@@ -82,8 +83,8 @@ class _CarriesTeacher(Callback):
         found, expected = self.teacher.fingerprint(), state_dict["fingerprint"]
         if found != expected:
             raise ValueError(
-                f"{self.state_key} changed since the checkpoint: its fingerprint is {found}, the checkpoint's {expected}; "
-                "give back the old teacher, or start a new run"
+                f"{self.state_key} changed since the checkpoint: its fingerprint is {found}, "
+                f"the checkpoint's {expected}; give back the old teacher, or start a new run"
             )
 
 
@@ -165,7 +166,9 @@ class Signals:
         if "anchor" in needs and self.anchor is None:
             raise ValueError("the objective is Anchored, but there is no anchor; add an AnchorCallback")
         if self.anchor is not None and "anchor" not in needs:
-            raise ValueError("there is an AnchorCallback, but the objective is not Anchored; wrap it in flowopd.core.Anchored")
+            raise ValueError(
+                "there is an AnchorCallback, but the objective is not Anchored; wrap it in flowopd.core.Anchored"
+            )
         if "advantage" in needs and (lost := [task for task in tasks if not self._trains(task)]):
             raise ValueError(f"no reward with a weight for task {lost[0]!r}; add a RewardCallback for it")
 

@@ -12,6 +12,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import pytest
 import torch
 
+torch.set_num_threads(1)  # tiny tensors are faster so, and a fork keeps no thread pool
+
 
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
@@ -25,3 +27,23 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline(tmp_path_factory):
+    """A folder with a random Stable Diffusion 3 pipeline: two CLIPs and a T5."""
+    return saved_pipeline(tmp_path_factory, "with_t5", t5=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline_without_t5(tmp_path_factory):
+    """The same, two CLIPs only."""
+    return saved_pipeline(tmp_path_factory, "without_t5", t5=False)
+
+
+def saved_pipeline(tmp_path_factory, name, **kind):
+    import tiny  # imports diffusers, which the tests of core can do without
+
+    folder = str(tmp_path_factory.mktemp("pipelines") / name)
+    tiny.pipeline(**kind).save_pretrained(folder)
+    return folder

@@ -299,7 +299,7 @@ def test_an_asset_that_is_not_shipped_is_named():
         asset("teapot")
 
 
-def test_pretraining_lowers_its_loss_and_saves_a_stock_pipeline(tmp_path):
+def test_pretraining_goes_on_from_a_pipeline_and_saves_one(tmp_path):
     import lightning.pytorch as lightning
 
     from flowopd.tiles.build import load
@@ -318,7 +318,8 @@ def test_pretraining_lowers_its_loss_and_saves_a_stock_pipeline(tmp_path):
     trainer.fit(module, RenderedPairs(batch_size=8, batches=2, held_out=2))
     assert trainer.callback_metrics["pretrain/loss"] < 1.2
     assert {"eval/composition", "eval/text_strict"} <= trainer.callback_metrics.keys()
-    assert load(tmp_path / "base").transformer.config == load(asset("base")).transformer.config
+    before, after = (load(folder).transformer.proj_out.weight for folder in (asset("base"), tmp_path / "base"))
+    torch.testing.assert_close(before, after, atol=1e-4, rtol=1e-2)
 
 
 def test_training_conditioning_is_what_the_pipeline_encodes_and_carries_gradient():

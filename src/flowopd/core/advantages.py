@@ -39,10 +39,10 @@ class GroupAdvantage:
                 f"rewards of shape {tuple(rewards.shape)} do not fill groups of {group_size}; "
                 "expected (B,) with B a multiple of the group size"
             )
-        groups = rewards.float().reshape(-1, group_size)
+        groups = rewards.double().reshape(-1, group_size)  # in float32 the mean of equal rewards may differ from them
         centred = groups - groups.nanmean(1, keepdim=True)
         advantage = (centred / self._spread(centred, groups)).clamp(-self.clip, self.clip)
-        return torch.nan_to_num(advantage, nan=0.0).flatten()
+        return torch.nan_to_num(advantage, nan=0.0).flatten().float()
 
     def _spread(self, centred: Tensor, groups: Tensor) -> Tensor:
         if self.scale == "none":

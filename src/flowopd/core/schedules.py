@@ -41,7 +41,7 @@ class ShiftedSchedule:
         Scaling Rectified Flow Transformers (Esser et al., 2024), Eq. 23.
 
     >>> ShiftedSchedule(shift=3.0).sigmas(10)[-3:]
-    tensor([0.2781, 0.0089, 0.0000])
+    tensor([0.2780, 0.0089, 0.0000])
     """
 
     def __init__(self, shift: float = 3.0, num_train_timesteps: int = 1000) -> None:

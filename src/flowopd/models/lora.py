@@ -135,6 +135,7 @@ def save_adapter(adapter: Adapter, folder: Path) -> None:
 def add_adapter(network: nn.Module, name: str, spec: LoRASpec) -> None:
     """Put a new, trainable float32 adapter on the network."""
     _inject(network, name, spec.config())
+    _rest_on_trainable(network)
 
 
 def attach(network: nn.Module, name: str, adapter: Adapter, trainable: bool = False) -> None:
@@ -147,6 +148,7 @@ def attach(network: nn.Module, name: str, adapter: Adapter, trainable: bool = Fa
     _check_tensors(_tensors(network, name), adapter.tensors, name)
     set_peft_model_state_dict(network, dict(adapter.tensors), adapter_name=name)
     _require_grad(network, name, trainable)
+    _rest_on_trainable(network)
 
 
 def _inject(network: nn.Module, name: str, config: LoraConfig) -> None:
@@ -163,6 +165,9 @@ def _inject(network: nn.Module, name: str, config: LoraConfig) -> None:
         parameter.requires_grad_(key in trainable or f".{name}." in key)
         if f".{name}." in key:
             parameter.data = parameter.data.float()
+    for layer in _lora_layers(network):
+        if name in layer.lora_dropout:
+            layer.lora_dropout[name] = nn.Identity()  # dropout would tell the training forward from the rollout's
 
 
 def _check_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], name: str) -> None:
@@ -226,22 +231,32 @@ class Merge:
         """Read the adapters and merge them.
 
         Raises:
-            ValueError: if ``factors`` meets adapters of different rank or scale.
+            ValueError: if ``factors`` meets adapters of different rank or scale, or an adapter is more than a LoRA.
         """
         parts = [read_adapter(path) for path in self.adapters]
+        for part, path in zip(parts, self.adapters, strict=True):
+            _check_plain(part, path)
         return (_concatenate if self.method == "exact" else _average_factors)(parts, self.weights)
+
+
+def _check_plain(adapter: Adapter, path: str) -> None:
+    kinds = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "lora_bias")
+    if unusual := [kind for kind in kinds if getattr(adapter.config, kind, None)]:
+        raise ValueError(f"adapter {path!r} has {unusual[0]}; a merge knows only ΔW = alpha / rank · B·A")
 
 
 def _concatenate(parts: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
     scale, rank = max(part.scale() for part in parts), sum(int(part.config.r) for part in parts)
+    modules = list(dict.fromkeys(module for part in parts for module in part.modules()))
     tensors: dict[str, Tensor] = {}
-    for module in dict.fromkeys(module for part in parts for module in part.modules()):
+    for module in modules:
         owners = [(part, weight) for part, weight in zip(parts, weights, strict=True) if module in part.modules()]
         a = torch.cat([part.factors(module)[0] for part, _ in owners])
         b = torch.cat([w * part.scale() / scale * part.factors(module)[1] for part, w in owners], 1)
         tensors[f"{module}.lora_A.weight"] = torch.cat([a, a.new_zeros(rank - len(a), a.shape[1])])
         tensors[f"{module}.lora_B.weight"] = torch.cat([b, b.new_zeros(len(b), rank - b.shape[1])], 1)
-    return Adapter(_config_like(parts, rank, scale * rank), tensors)
+    config = LoraConfig(r=rank, lora_alpha=scale * rank, target_modules=modules)  # type: ignore[arg-type]
+    return Adapter(config, tensors)
 
 
 def _average_factors(parts: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
@@ -254,11 +269,6 @@ def _average_factors(parts: Sequence[Adapter], weights: Sequence[float]) -> Adap
     pairs = list(zip(parts, weights, strict=True))
     tensors = {key: torch.stack([weight * part.tensors[key] for part, weight in pairs]).sum(0) for key in keys}
     return Adapter(parts[0].config, tensors)
-
-
-def _config_like(parts: Sequence[Adapter], rank: int, alpha: float) -> LoraConfig:
-    targets = sorted({target for part in parts for target in part.config.target_modules or ()})
-    return LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)  # type: ignore[arg-type]
 
 
 @contextmanager
@@ -279,6 +289,13 @@ def use_adapter(network: nn.Module, name: str | None) -> Iterator[None]:
     finally:
         for layer, (active, disabled) in zip(layers, before, strict=True):
             layer._active_adapter, layer._disable_adapters = active, disabled
+
+
+def _rest_on_trainable(network: nn.Module) -> None:
+    """Leave the student active between calls: checkpointed activations are recomputed at backward, after its own."""
+    names = {n for n in adapter_names(network) if any(p.requires_grad for p in adapter_parameters(network, n))}
+    for layer in _lora_layers(network):
+        layer._active_adapter = sorted(names)
 
 
 def _lora_layers(network: nn.Module) -> list[LoraLayer]:

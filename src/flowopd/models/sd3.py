@@ -15,6 +15,8 @@ from flowopd.models.backbone import Backbone
 from flowopd.models.lora import use_adapter
 from flowopd.records import Conditioning
 
+TEXTS_AT_ONCE = 8  # always: kernels differ by batch size, and a resumed run must find the same encodings to the bit
+
 
 class SD3Backbone(Backbone):
     """A ``StableDiffusion3Pipeline`` folder or hub id as a backbone of velocities.
@@ -67,7 +69,7 @@ class SD3Backbone(Backbone):
         """Read the weights onto ``device``; doing it twice is doing it once."""
         if self._pipeline is not None:
             return
-        pipeline = _read_pipeline(self.path, self.revision, self.dtype)
+        pipeline = _read_pipeline(self.path, self.revision, self.dtype, t5=self.max_sequence_length > 0)
         for part in pipeline.components.values():
             if isinstance(part, nn.Module):
                 part.requires_grad_(False).eval().to(device)
@@ -84,9 +86,10 @@ class SD3Backbone(Backbone):
 
     def encode(self, texts: Sequence[str]) -> Conditioning:
         """Encode texts, (B, L, D) tokens and (B, P) pooled, on the transformer's device; each text once."""
-        if missing := [text for text in dict.fromkeys(texts) if text not in self._texts]:
-            rows = self._encode(missing)
-            self._texts.update({text: rows[i : i + 1] for i, text in enumerate(missing)})
+        missing = [text for text in dict.fromkeys(texts) if text not in self._texts]
+        for chunk in (missing[i : i + TEXTS_AT_ONCE] for i in range(0, len(missing), TEXTS_AT_ONCE)):
+            rows = self._encode([*chunk, *[""] * (TEXTS_AT_ONCE - len(chunk))])
+            self._texts.update({text: rows[i : i + 1] for i, text in enumerate(chunk)})
         return Conditioning.cat([self._texts[text] for text in texts]).to(self._device())
 
     @torch.no_grad()
@@ -146,13 +149,14 @@ class SD3Backbone(Backbone):
         return next(self.network.parameters()).device
 
 
-def _read_pipeline(path: str, revision: str | None, dtype: torch.dtype) -> Any:  # noqa: ANN401
+def _read_pipeline(path: str, revision: str | None, dtype: torch.dtype, t5: bool) -> Any:  # noqa: ANN401
     folder = Path(path)
     if folder.is_dir() and not (folder / "model_index.json").is_file():
         raise FileNotFoundError(f"{path} has no model_index.json; expected a StableDiffusion3Pipeline folder")
     try:
         parts = StableDiffusion3Pipeline.load_config(path, revision=revision)
-        absent = {name: None for name in ("text_encoder_3", "tokenizer_3") if parts.get(name, [None])[0] is None}
+        t5_parts = ("text_encoder_3", "tokenizer_3")
+        absent = {name: None for name in t5_parts if not t5 or parts.get(name, [None])[0] is None}
         return StableDiffusion3Pipeline.from_pretrained(path, revision=revision, dtype=dtype, **absent)
     except OSError as error:
         raise FileNotFoundError(

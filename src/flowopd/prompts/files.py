@@ -49,7 +49,7 @@ class PromptFile:
             fields: dict[str, Any] = json.loads(line) if self.path.endswith(".jsonl") else {"text": line}
             text = fields.pop("text", None) or fields.pop("prompt")
             metadata = {**(parse(text).metadata if parse else {}), **fields}
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"line {number} of {self.path!r} is not a prompt of task {self.task!r}: {error}"
             ) from error

@@ -59,7 +59,13 @@ class EMA(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the average: what follows evaluates and exports it."""
-        self._averaged().copy_to(_trained(pl_module))
+        self.swap_in(pl_module)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Save what is trained, also while the average is in its place (lightning may save after the last step)."""
+        if self._model is not None and self._model.temp_stored_params is not None:
+            names = [name for name, parameter in pl_module.named_parameters() if parameter.requires_grad]
+            checkpoint["state_dict"] |= dict(zip(names, self._model.temp_stored_params, strict=True))
 
     def state_dict(self) -> dict[str, Any]:
         """The average, its step and its settings."""

@@ -50,10 +50,17 @@ class GRPOTeacher(FlowPolicy):
         self.advantage = advantage or GroupAdvantage()
 
     def label(self, rollouts: list[Rollout], group_size: int) -> list[Rollout]:
-        """Score the finished images, and give every trajectory its advantage over its siblings."""
+        """Score the finished images, and give every trajectory its advantage over its siblings.
+
+        Raises:
+            ValueError: if there are no siblings.
+        """
+        if group_size < 2:
+            raise ValueError(f"advantages compare siblings, but group_size is {group_size}; set it to 2 or more")
         total, metrics = self._score(rollouts)
         advantage = self._advantage(total, group_size)
-        metrics["reward/equal_groups"] = float((total.reshape(-1, group_size).std(1) == 0).float().mean())
+        groups = total.reshape(-1, group_size)
+        metrics["reward/equal_groups"] = float((groups == groups[:, :1]).all(1).float().mean())
         labelled = []
         for rollout, rows in zip(rollouts, advantage.split([len(r.prompts) for r in rollouts]), strict=True):
             labelled.append(rollout.label(advantage=rows[:, None].expand(-1, self.sampler.num_steps)).log(metrics))

@@ -79,7 +79,7 @@ class FlowPolicy(LightningModule):
         self.backbone.load(self.trainer.strategy.root_device)
         self._attach_student()
         self.signals.attach(self.backbone)
-        self.network = self.backbone.network
+        self.network = self.backbone.network.train()  # nothing here drops out; lightning warns of parts in eval mode
 
     def _attach_student(self) -> None:
         if self.start is None:
@@ -135,7 +135,8 @@ class FlowPolicy(LightningModule):
         loss, metrics = self.objective.loss(student, batch.labels)
         if batch.advance is not None:
             batch.advance(student.detach())
-        self.log_dict({**metrics, **batch.metrics}, on_step=False, on_epoch=True, batch_size=len(batch.x))
+        logged: dict[str, Tensor | float] = {**metrics, **batch.metrics}
+        self.log_dict(logged, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(batch.x))
         return loss
 
     @torch.no_grad()
@@ -151,7 +152,7 @@ class FlowPolicy(LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log every reward's mean as ``val/<reward>``."""
         stage = "test" if self.trainer.testing else "val"
-        self.log_dict({f"{stage}/{name}": value for name, value in self.scoreboard.compute().items()}, sync_dist=False)
+        self.log_dict({f"{stage}/{name}": value for name, value in self.scoreboard.compute().items()}, sync_dist=True)
         self.scoreboard.reset()
 
     def test_step(self, batch: EvaluationBatch, batch_idx: int) -> None:

@@ -22,14 +22,16 @@ class Pairs:
     """A sized, endless-by-seed stream of (images, texts); epoch e of seed s is always the same.
 
     Args:
-        batch_size: pictures per batch, half of them of each task.
+        batch_size: pictures per batch.
         batches: batches per epoch.
+        text_share: share of the pictures that show words, the others show compositions.
         drop_text: share of texts replaced by "", so that guidance has something to compare with.
         seed: of prompts and places.
     """
 
     batch_size: int
     batches: int
+    text_share: float
     drop_text: float
     seed: int
 
@@ -42,7 +44,10 @@ class Pairs:
 
     def batch(self, seed: int) -> tuple[Tensor, list[str]]:
         """Images (B, 3, 32, 32) in [0, 1] and the B texts they show."""
-        prompts = [prompt for task in TASKS for prompt in TilesPrompts(task).draw(self.batch_size // 2, seed)]
+        words = round(self.text_share * self.batch_size)
+        prompts = TilesPrompts("composition").draw(self.batch_size - words, seed) + TilesPrompts("text").draw(
+            words, seed
+        )
         dropped = torch.rand(len(prompts), generator=torch.Generator().manual_seed(seed)) < self.drop_text
         texts = ["" if drop else prompt.text for drop, prompt in zip(dropped.tolist(), prompts, strict=True)]
         return render(prompts, seed), texts
@@ -66,19 +71,27 @@ class RenderedPairs(LightningDataModule):
     """Rendered (picture, text) pairs to train on, held-out texts to draw in validation.
 
     Args:
-        batch_size: pictures per update, half of them of each task.
+        batch_size: pictures per update.
         batches: updates per epoch.
+        text_share: share of the pictures that show words, which take longer to learn than compositions.
         drop_text: share of texts replaced by "".
         held_out: held-out texts per task and validation.
         seed: of prompts and places.
     """
 
     def __init__(
-        self, batch_size: int = 128, batches: int = 100, drop_text: float = 0.1, held_out: int = 128, seed: int = 0
+        self,
+        batch_size: int = 64,
+        batches: int = 100,
+        text_share: float = 0.7,
+        drop_text: float = 0.1,
+        held_out: int = 128,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         self.batch_size = batch_size
         self.batches = batches
+        self.text_share = text_share
         self.drop_text = drop_text
         self.held_out = held_out
         self.seed = seed
@@ -87,7 +100,8 @@ class RenderedPairs(LightningDataModule):
         """One epoch of pairs; every epoch, and every rank, sees others (needs reload_dataloaders_every_n_epochs=1)."""
         trainer = self.trainer
         epoch, rank, ranks = (trainer.current_epoch, trainer.global_rank, trainer.world_size) if trainer else (0, 0, 1)
-        return Pairs(self.batch_size, self.batches, self.drop_text, (self.seed * 10_000 + epoch) * ranks + rank)
+        seed = (self.seed * 10_000 + epoch) * ranks + rank
+        return Pairs(self.batch_size, self.batches, self.text_share, self.drop_text, seed)
 
     def val_dataloader(self) -> HeldOut:
         """The held-out texts to draw."""

@@ -86,7 +86,7 @@ class ImageGrid(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The policy before training."""
-        self._save(trainer, {"student": _policy(pl_module).velocity})
+        self._save(trainer, {"student": _policy(pl_module).velocity}, trainer.current_epoch)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The policy along the way."""
@@ -95,7 +95,7 @@ class ImageGrid(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Every model beside every other."""
-        self._save(trainer, fields(_policy(pl_module)), name="models")
+        self._save(trainer, fields(_on_device(trainer, pl_module)), name="models")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Every model beside every other."""
@@ -131,7 +131,7 @@ class ResultsTable(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Score everything else, and show the table."""
-        policy = _policy(pl_module)
+        policy = _on_device(trainer, pl_module)
         scored = {name: evaluate(policy, field, name) for name, field in fields(policy).items()}
         student = scored.pop("student")
         table = {**scored, **self.rows, "student": student}
@@ -190,6 +190,11 @@ def _watched(loader: Any, what: str, shown: bool) -> Iterator[EvaluationBatch]: 
 
 def _policy(module: Any) -> FlowPolicy:  # noqa: ANN401
     return cast(FlowPolicy, module)
+
+
+def _on_device(trainer: Trainer, module: LightningModule) -> FlowPolicy:
+    """The policy where it was trained; lightning moves it to the CPU before it says that the fit ends."""
+    return _policy(module.to(trainer.strategy.root_device))
 
 
 def _data(trainer: Trainer) -> RolloutDataModule:

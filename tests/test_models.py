@@ -1,0 +1,467 @@
+"""The laws of the backbone and of its adapters: parity with stock diffusers and peft, strictness, no global state."""
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from diffusers import StableDiffusion3Pipeline
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file, save_file
+from tiny import loaded
+
+from flowopd.core import FlowSDE, ShiftedSchedule
+from flowopd.models import LoRASpec, Merge, SD3Backbone
+from flowopd.models.lora import (
+    PREFIX,
+    WEIGHTS,
+    Adapter,
+    adapter_names,
+    adapter_parameters,
+    add_adapter,
+    attach,
+    read_adapter,
+    save_adapter,
+    take_adapter,
+    use_adapter,
+)
+from flowopd.records import Prompt
+from flowopd.rollouts import RowNoise, Sampler
+from flowopd.teachers import LoRATeacher
+
+TEXTS = ["red 1", "blue 22", "red 1"]
+FEED_FORWARD = ("attn.to_q", "ff.net.0.proj", "ff.net.2")
+
+
+@pytest.fixture(scope="module")
+def base(tiny_pipeline):
+    """A backbone without adapters; read-only."""
+    return loaded(tiny_pipeline)
+
+
+@pytest.fixture
+def fresh(tiny_pipeline):
+    """A backbone of its own."""
+    return loaded(tiny_pipeline)
+
+
+@pytest.fixture(scope="module")
+def stock(tiny_pipeline):
+    """The stock pipeline; read-only."""
+    return StableDiffusion3Pipeline.from_pretrained(tiny_pipeline)
+
+
+@pytest.fixture(scope="module")
+def state(base):
+    """Arguments of a velocity: states, noise levels and encodings of three rows."""
+    x = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(7))
+    return x, torch.tensor([1.0, 0.6, 0.1]), base.encode(TEXTS)
+
+
+def stock_velocity(transformer, state):
+    x, sigma, cond = state
+    with torch.no_grad():
+        return transformer(x, cond.tokens, cond.pooled, 1000 * sigma, return_dict=False)[0]
+
+
+def random_student(network, spec=None) -> Adapter:
+    """Put a trainable adapter "student" with random factors on the network."""
+    add_adapter(network, "student", spec or LoRASpec(rank=4, alpha=8))
+    with torch.no_grad():
+        for parameter in adapter_parameters(network, "student"):
+            parameter.normal_(std=0.1)
+    return take_adapter(network, "student")
+
+
+# ------------------------------------------------------------------------------------------------ parity with diffusers
+
+
+@pytest.mark.parametrize("t5", [True, False], ids=["t5", "clip"])
+def test_encodings_are_those_of_the_stock_pipeline(request, t5):
+    path = request.getfixturevalue("tiny_pipeline" if t5 else "tiny_pipeline_without_t5")
+    ours, theirs = loaded(path), StableDiffusion3Pipeline.from_pretrained(path, **({} if t5 else NO_T5))
+    cond, negative = ours.encode(TEXTS), ours.encode([""])
+    options = {"prompt_2": None, "prompt_3": None, "max_sequence_length": 8, "negative_prompt": ""}
+    with torch.no_grad():
+        tokens, no_tokens, pooled, no_pooled = theirs.encode_prompt(TEXTS, **options)
+    torch.testing.assert_close(cond.tokens, tokens, rtol=0, atol=1e-6)
+    torch.testing.assert_close(cond.pooled, pooled, rtol=0, atol=1e-6)
+    torch.testing.assert_close(negative.expand(3).tokens, no_tokens, rtol=0, atol=1e-6)
+    torch.testing.assert_close(negative.expand(3).pooled, no_pooled, rtol=0, atol=1e-6)
+
+
+NO_T5 = {"text_encoder_3": None, "tokenizer_3": None}
+
+
+def test_a_text_is_encoded_once(fresh, monkeypatch):
+    texts, encode = [], fresh.pipeline.encode_prompt
+    monkeypatch.setattr(
+        fresh.pipeline, "encode_prompt", lambda prompt, **kw: texts.extend(prompt) or encode(prompt, **kw)
+    )
+    first = fresh.encode(TEXTS)
+    again = fresh.encode(["new", *TEXTS])
+    assert list(filter(None, texts)) == ["red 1", "blue 22", "new"]
+    assert torch.equal(again.tokens[1:], first.tokens)
+
+
+def test_an_encoding_does_not_depend_on_the_texts_beside_it(tiny_pipeline):
+    """To the bit: a resumed run meets its prompts in other company."""
+    texts = [f"red {i}" for i in range(11)]
+    together, alone = loaded(tiny_pipeline).encode(texts), [loaded(tiny_pipeline).encode([text]) for text in texts]
+    assert torch.equal(together.tokens, torch.cat([one.tokens for one in alone]))
+    assert torch.equal(together.pooled, torch.cat([one.pooled for one in alone]))
+
+
+def test_no_sequence_length_leaves_the_t5_out(tiny_pipeline):
+    short = loaded(tiny_pipeline, max_sequence_length=0).encode(TEXTS)
+    assert short.tokens.shape[1] == tiny.TOKENS
+
+
+def test_the_velocity_is_the_stock_transformer_s(base, stock, state):
+    assert torch.equal(base.velocity(*state), stock_velocity(stock.transformer, state))
+
+
+def test_guidance_is_that_of_the_negative_prompt(tiny_pipeline, stock, state):
+    x, sigma, _ = state
+    ours = loaded(tiny_pipeline, negative_prompt="grey 0")
+    negative = (x, sigma, ours.encode(["grey 0"] * 3))
+    v, v_negative = stock_velocity(stock.transformer, state), stock_velocity(stock.transformer, negative)
+    torch.testing.assert_close(ours.velocity(*state, guidance_scale=4.5), v_negative + 4.5 * (v - v_negative))
+
+
+@pytest.mark.parametrize("resolution", [None, 24], ids=["default", "24px"])
+@pytest.mark.parametrize("scale", [1.0, 4.5])
+def test_drawing_is_the_stock_pipeline(tiny_pipeline, stock, scale, resolution):
+    ours = loaded(tiny_pipeline, resolution=resolution)
+    x, steps = torch.randn(3, *ours.latent_shape()), 5
+    sampler = Sampler(num_steps=3, schedule=ShiftedSchedule(), eval_steps=steps, guidance_scale=scale)
+    drawn = sampler.draw(field(ours, sampler), ours.encode(TEXTS), x)
+    expected = stock_latents(stock, x, steps, scale)
+    torch.testing.assert_close(drawn, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(ours.decode(drawn), stock_images(stock, expected), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1.0, 4.5])
+def test_a_rollout_without_noise_is_the_stock_pipeline(base, stock, scale):
+    sampler = Sampler(num_steps=4, dynamics=FlowSDE(0.0), guidance_scale=scale)
+    noise = RowNoise(base.latent_shape(), "abc", "abc")
+    prompts = [Prompt(text, "task") for text in TEXTS]
+    rollout = sampler.rollout(field(base, sampler), prompts, base.encode(TEXTS), noise)
+    torch.testing.assert_close(rollout.latents[:, -1], stock_latents(stock, noise.start(), 4, scale), rtol=0, atol=1e-5)
+
+
+def field(backbone: SD3Backbone, sampler: Sampler):
+    return lambda x, sigma, cond: backbone.velocity(x, sigma, cond, None, sampler.guidance_scale)
+
+
+def stock_latents(stock, x, steps, scale):
+    side = 2 * x.shape[-1]
+    stock.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": steps, "guidance_scale": scale, "max_sequence_length": 8, "output_type": "latent"}
+    return stock(TEXTS, height=side, width=side, latents=x, **options).images
+
+
+def stock_images(stock, latents):
+    latents = latents / stock.vae.config.scaling_factor + stock.vae.config.shift_factor
+    with torch.no_grad():
+        return stock.image_processor.postprocess(stock.vae.decode(latents, return_dict=False)[0], output_type="pt")
+
+
+def test_a_resolution_that_does_not_fill_patches_is_refused(tiny_pipeline):
+    with pytest.raises(ValueError, match="resolution is 18; expected a multiple of 4 pixels"):
+        loaded(tiny_pipeline, resolution=18).latent_shape()
+
+
+def test_a_folder_that_is_no_pipeline_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no model_index.json; expected a StableDiffusion3Pipeline folder"):
+        loaded(str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"no pipeline folder or reachable model of the hub at '.*nowhere'"):
+        loaded(str(tmp_path / "nowhere"))
+
+
+# -------------------------------------------------------------------------------------------- which adapter a call uses
+
+
+def test_a_new_adapter_changes_nothing(fresh, base, state):
+    add_adapter(fresh.network, "student", LoRASpec())
+    assert torch.equal(fresh.velocity(*state, adapter="student"), base.velocity(*state))
+
+
+def test_the_default_adapter_reaches_the_published_modules(fresh):
+    """Eight projections per block, seven in the last: 191 in the 24 blocks of SD3.5 Medium."""
+    add_adapter(fresh.network, "student", LoRASpec())
+    assert len(take_adapter(fresh.network, "student").modules()) == 8 * 2 - 1
+
+
+def test_a_call_without_adapter_is_the_base_whatever_is_loaded(fresh, base, state):
+    random_student(fresh.network)
+    assert torch.equal(fresh.velocity(*state), base.velocity(*state))
+    assert not torch.allclose(fresh.velocity(*state, adapter="student"), base.velocity(*state))
+
+
+def test_an_adapter_is_put_back_even_after_an_exception(fresh, state):
+    random_student(fresh.network)
+    before, trainable = fresh.network(*stock_arguments(state))[0], trainable_names(fresh.network)
+    with pytest.raises(ZeroDivisionError), use_adapter(fresh.network, None):
+        raise ZeroDivisionError
+    assert torch.equal(fresh.network(*stock_arguments(state))[0], before)
+    assert trainable_names(fresh.network) == trainable
+
+
+def stock_arguments(state):
+    x, sigma, cond = state
+    return x, cond.tokens, cond.pooled, 1000 * sigma
+
+
+def trainable_names(network) -> set[str]:
+    return {name for name, parameter in network.named_parameters() if parameter.requires_grad}
+
+
+def test_an_unknown_adapter_is_named(fresh, state):
+    random_student(fresh.network)
+    with pytest.raises(KeyError, match=r"no adapter named 'studnt'; loaded are \['student'\]"):
+        fresh.velocity(*state, adapter="studnt")
+
+
+def test_a_name_can_be_taken_once(fresh):
+    random_student(fresh.network)
+    with pytest.raises(ValueError, match="already carries an adapter named 'student'"):
+        add_adapter(fresh.network, "student", LoRASpec())
+
+
+def test_targets_that_do_not_exist_are_refused(fresh):
+    with pytest.raises(ValueError, match=r"adapter 'student' does not fit this network: .*to_nowhere"):
+        add_adapter(fresh.network, "student", LoRASpec(targets=["to_nowhere"]))
+
+
+@pytest.mark.parametrize("student_first", [True, False])
+def test_only_the_student_takes_gradient(fresh, state, tiny_pipeline, tmp_path, student_first):
+    teacher = LoRATeacher(tiny.expert(tmp_path, tiny_pipeline))
+    join = [lambda: random_student(fresh.network), lambda: teacher.attach(fresh)]
+    for attach_one in join if student_first else join[::-1]:
+        attach_one()
+    assert {name.rsplit(".", 2)[-2] for name in trainable_names(fresh.network)} == {"student"}
+    target = teacher.velocity(*state)
+    assert not target.requires_grad
+    (fresh.velocity(*state, adapter="student") - target).square().mean().backward()
+    assert all(parameter.grad is not None for parameter in adapter_parameters(fresh.network, "student"))
+    assert {name for name, p in fresh.network.named_parameters() if p.grad is not None} == trainable_names(
+        fresh.network
+    )
+
+
+@pytest.mark.parametrize("targets", [LoRASpec().targets, FEED_FORWARD], ids=["same targets", "other targets"])
+def test_checkpointed_activations_give_the_same_gradients_beside_a_teacher(tiny_pipeline, state, tmp_path, targets):
+    """They are recomputed at backward, when it must again be the student that runs."""
+    teacher, gradients = LoRATeacher(tiny.expert(tmp_path, tiny_pipeline, targets=targets), guidance_scale=2.0), []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        ours = loaded(tiny_pipeline)
+        random_student(ours.network)
+        teacher.attach(ours)
+        if checkpointing:
+            ours.network.enable_gradient_checkpointing()
+        velocity = ours.velocity(*state, adapter="student", guidance_scale=3.0)
+        (velocity - teacher.velocity(*state)).square().mean().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in adapter_parameters(ours.network, "student")]))
+    assert gradients[0].abs().max() > 0
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
+def test_adapters_stay_float32_on_a_bfloat16_backbone(tiny_pipeline, state, tmp_path):
+    ours = loaded(tiny_pipeline, dtype="bfloat16")
+    teacher = LoRATeacher(tiny.expert(tmp_path, tiny_pipeline))
+    add_adapter(ours.network, "student", LoRASpec())
+    teacher.attach(ours)
+    kinds = {("lora_" in name, parameter.dtype) for name, parameter in ours.network.named_parameters()}
+    assert kinds == {(True, torch.float32), (False, torch.bfloat16)}
+    x, sigma, _ = state
+    for velocity in (
+        ours.velocity(x, sigma, ours.encode(TEXTS), "student"),
+        teacher.velocity(x, sigma, ours.encode(TEXTS)),
+    ):
+        assert velocity.dtype == torch.float32
+    assert ours.decode(x).dtype == torch.float32
+
+
+# ----------------------------------------------------------------------------------------------------------- strictness
+
+
+def tampered(folder: Path, pipeline: str, **changes) -> LoRATeacher:
+    """An adapter folder with tensors replaced, or removed by ``None``."""
+    tiny.expert(folder, pipeline)
+    tensors = load_file(folder / WEIGHTS)
+    tensors |= {PREFIX + key.replace("__", "."): value for key, value in changes.items()}
+    save_file({key: value for key, value in tensors.items() if value is not None}, folder / WEIGHTS)
+    return LoRATeacher(str(folder))
+
+
+TO_Q = "transformer_blocks__0__attn__to_q__lora_A__weight"
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({TO_Q: None}, r"transformer_blocks.0.attn.to_q.lora_A.weight is missing$"),
+        ({"proj_in__lora_A__weight": torch.ones(4, 16)}, "proj_in.lora_A.weight is not part of this network$"),
+        ({TO_Q: torch.ones(4, 3)}, r"to_q.lora_A.weight has shape \(4, 3\) instead of \(4, 16\)$"),
+        ({TO_Q: None, "proj_in__lora_A__weight": torch.ones(4, 16)}, r"to_q.lora_A.weight is missing \(and 1 more\)$"),
+    ],
+    ids=["missing", "extra", "mis-shaped", "several"],
+)
+def test_an_adapter_that_does_not_fit_is_refused_by_name(fresh, tiny_pipeline, tmp_path, changes, fault):
+    teacher = tampered(tmp_path, tiny_pipeline, **changes)
+    with pytest.raises(ValueError, match=rf"teacher '.*': adapter 'teacher-.*' does not fit this network: .*{fault}"):
+        teacher.attach(fresh)
+
+
+def test_a_teacher_equal_to_the_base_is_refused(fresh, tiny_pipeline, tmp_path):
+    teacher = LoRATeacher(tiny.expert(tmp_path, tiny_pipeline, std=0.0))
+    with pytest.raises(ValueError, match=r"changes nothing: .* equals the base model"):
+        teacher.attach(fresh)
+
+
+@pytest.mark.parametrize("missing", ["adapter_config.json", WEIGHTS])
+def test_an_incomplete_adapter_folder_is_named(tiny_pipeline, tmp_path, missing):
+    tiny.expert(tmp_path, tiny_pipeline)
+    (tmp_path / missing).unlink()
+    with pytest.raises(FileNotFoundError, match=f"has no {missing}"):
+        read_adapter(str(tmp_path))
+
+
+def test_a_truncated_file_is_named(tiny_pipeline, tmp_path):
+    tiny.expert(tmp_path, tiny_pipeline)
+    (tmp_path / WEIGHTS).write_bytes((tmp_path / WEIGHTS).read_bytes()[:1000])
+    with pytest.raises(ValueError, match=f"{WEIGHTS} is not a readable safetensors file"):
+        read_adapter(str(tmp_path))
+
+
+# --------------------------------------------------------------------------------------------------- exchange with peft
+
+
+def test_peft_loads_what_we_save(fresh, state, tiny_pipeline, tmp_path):
+    save_adapter(random_student(fresh.network, LoRASpec(rank=3, alpha=7, targets=FEED_FORWARD)), tmp_path)
+    theirs = PeftModel.from_pretrained(tiny.stock_transformer(tiny_pipeline), str(tmp_path)).eval()
+    ours = fresh.velocity(*state, adapter="student").detach()
+    torch.testing.assert_close(stock_velocity(theirs, state), ours, rtol=0, atol=1e-6)
+    merged = theirs.merge_and_unload()
+    torch.testing.assert_close(stock_velocity(merged, state), ours, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("rank", "alpha", "targets"),
+    [(4, 8, LoRASpec().targets), (1, 5, FEED_FORWARD), (7, 7, r".*\.attn2?\.to_[qv]")],
+    ids=["usual", "rank 1", "by pattern"],
+)
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True, "rank_pattern": {"to_q": 3}}], ids=["plain", "rslora"])
+def test_we_load_what_peft_saves(fresh, state, tiny_pipeline, tmp_path, rank, alpha, targets, options):
+    folder = tiny.expert(tmp_path, tiny_pipeline, rank=rank, alpha=alpha, targets=targets, **options)
+    theirs = PeftModel.from_pretrained(tiny.stock_transformer(tiny_pipeline), folder).eval()
+    teacher = LoRATeacher(folder)
+    teacher.attach(fresh)
+    torch.testing.assert_close(teacher.velocity(*state), stock_velocity(theirs, state), rtol=0, atol=1e-6)
+
+
+def test_diffusers_loads_what_we_save(fresh, state, tiny_pipeline, tmp_path):
+    save_adapter(random_student(fresh.network), tmp_path)
+    stripped = {key.removeprefix(PREFIX): value for key, value in load_file(tmp_path / WEIGHTS).items()}
+    theirs = tiny.stock_transformer(tiny_pipeline)
+    config = LoraConfig.from_pretrained(str(tmp_path)).to_dict()
+    theirs.load_lora_adapter(stripped, prefix=None, metadata=config)
+    ours = fresh.velocity(*state, adapter="student").detach()
+    torch.testing.assert_close(stock_velocity(theirs, state), ours, rtol=0, atol=1e-6)
+
+
+def test_an_adapter_survives_the_disk(fresh, tmp_path):
+    adapter = random_student(fresh.network)
+    save_adapter(adapter, tmp_path)
+    again = read_adapter(str(tmp_path))
+    assert again.fingerprint() == adapter.fingerprint()
+    assert all(torch.equal(again.tensors[key], value) for key, value in adapter.tensors.items())
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter_config.json", WEIGHTS}
+
+
+def test_a_fingerprint_knows_every_tensor_and_the_scale(tiny_pipeline, tmp_path):
+    kinds = [{}, {"seed": 2}, {"alpha": 9}]
+    prints = [read_adapter(tiny.expert(tmp_path / str(i), tiny_pipeline, **kind)) for i, kind in enumerate(kinds)]
+    assert len({adapter.fingerprint() for adapter in prints}) == 3
+    assert read_adapter(tiny.expert(tmp_path / "again", tiny_pipeline)).fingerprint() == prints[0].fingerprint()
+
+
+# --------------------------------------------------------------------------------------------------------------- merges
+
+
+KINDS = [
+    {"seed": 1, "rank": 4, "alpha": 8},
+    {"seed": 2, "rank": 2, "alpha": 2, "targets": FEED_FORWARD},
+    {"seed": 3, "rank": 3, "alpha": 12, "targets": r".*\.attn2?\.to_[qv]"},
+]
+
+
+def change(adapter: Adapter, module: str):
+    """ΔW of a module."""
+    if module not in adapter.modules():
+        return 0
+    a, b = adapter.factors(module)
+    return adapter.scale() * b @ a
+
+
+@pytest.mark.parametrize("weights", [None, [0.5, 0.7, -0.2]])
+def test_an_exact_merge_is_the_mean_of_the_changes(tiny_pipeline, tmp_path, weights):
+    folders = [tiny.expert(tmp_path / str(i), tiny_pipeline, **kind) for i, kind in enumerate(KINDS)]
+    merged, parts = Merge(folders, weights=weights).adapter(), [read_adapter(folder) for folder in folders]
+    assert set(merged.modules()) == {module for part in parts for module in part.modules()}
+    for module in merged.modules():
+        mean = sum(w * change(part, module) for part, w in zip(parts, weights or [1 / 3] * 3, strict=True))
+        torch.testing.assert_close(change(merged, module), mean, rtol=0, atol=1e-6)
+
+
+def test_an_exact_merge_fits_every_loader(fresh, state, tiny_pipeline, tmp_path):
+    folders = [tiny.expert(tmp_path / str(i), tiny_pipeline, **kind) for i, kind in enumerate(KINDS)]
+    merged = Merge(folders).adapter()
+    attach(fresh.network, "student", merged, trainable=True)
+    save_adapter(take_adapter(fresh.network, "student"), tmp_path / "merged")
+    theirs = PeftModel.from_pretrained(tiny.stock_transformer(tiny_pipeline), str(tmp_path / "merged")).eval()
+    ours = fresh.velocity(*state, adapter="student").detach()
+    torch.testing.assert_close(stock_velocity(theirs, state), ours, rtol=0, atol=1e-6)
+
+
+def test_a_merge_of_one_adapter_is_that_adapter(fresh, state, tiny_pipeline, tmp_path):
+    folder = tiny.expert(tmp_path, tiny_pipeline)
+    attach(fresh.network, "merged", Merge([folder, folder]).adapter())
+    attach(fresh.network, "one", read_adapter(folder))
+    merged, one = (fresh.velocity(*state, adapter=name) for name in ("merged", "one"))
+    torch.testing.assert_close(merged, one, rtol=0, atol=1e-6)
+    assert adapter_names(fresh.network) == {"merged", "one"}
+
+
+def test_averaged_factors_are_the_released_merge(tiny_pipeline, tmp_path):
+    """mean(B)·mean(A) is not mean(B·A): about a half of two independent changes is lost."""
+    folders = [tiny.expert(tmp_path / str(seed), tiny_pipeline, seed=seed) for seed in (1, 2)]
+    released, exact = Merge(folders, "factors").adapter(), Merge(folders).adapter()
+    first, second = (read_adapter(folder).tensors for folder in folders)
+    for key, value in released.tensors.items():
+        torch.testing.assert_close(value, (first[key] + second[key]) / 2)
+    kept = [(change(released, m) * change(exact, m)).sum() / change(exact, m).square().sum() for m in exact.modules()]
+    assert torch.stack(kept).mean().item() == pytest.approx(0.5, abs=0.1)
+
+
+def test_factors_of_different_shape_cannot_be_averaged(tiny_pipeline, tmp_path):
+    folders = [tiny.expert(tmp_path / str(i), tiny_pipeline, **kind) for i, kind in enumerate(KINDS)]
+    with pytest.raises(ValueError, match="one rank, scale and target; use method: exact"):
+        Merge(folders, "factors").adapter()
+
+
+@pytest.mark.parametrize("kind", [{"use_rslora": True}, {"rank_pattern": {"to_q": 2}}, {"use_dora": True}])
+def test_a_merge_refuses_what_is_more_than_a_lora(tiny_pipeline, tmp_path, kind):
+    with pytest.raises(ValueError, match=f"has {next(iter(kind))}; a merge knows only"):
+        Merge([tiny.expert(tmp_path, tiny_pipeline, **kind)]).adapter()
+
+
+def test_a_merge_refuses_weights_that_do_not_pair():
+    with pytest.raises(ValueError, match="2 adapters were given 1 weights; expected one each"):
+        Merge(["a", "b"], weights=[1.0])
+    with pytest.raises(ValueError, match="at least one adapter folder"):
+        Merge([])

@@ -1,0 +1,98 @@
+"""The laws of what people look at: tables that agree with themselves, pictures, the exported adapter."""
+
+import csv
+from functools import partial
+
+import pytest
+import tiny
+import torch
+from PIL import Image
+
+from flowopd.models.lora import read_adapter
+from flowopd.teachers import BaseTeacher, LoRATeacher
+from flowopd.training import (
+    EMA,
+    AdapterExport,
+    AnchorCallback,
+    ImageGrid,
+    OPDStudent,
+    Progress,
+    ResultsTable,
+    RewardCallback,
+    TeacherCallback,
+)
+
+
+@pytest.fixture
+def expert(tiny_pipeline, tmp_path):
+    return tiny.expert(tmp_path / "expert", tiny_pipeline, std=0.5)
+
+
+def fit(folder, policy, expert, *callbacks, **options):
+    signals = [TeacherCallback(["red"], LoRATeacher(expert)), RewardCallback("red", tiny.Brightness())]
+    trainer = tiny.trainer(folder, [*signals, *callbacks], **options)
+    trainer.fit(policy, tiny.data())
+    return trainer
+
+
+def table(folder) -> dict[str, dict[str, str]]:
+    with (folder / "results.csv").open(newline="") as file:
+        return {row.pop("model"): row for row in csv.DictReader(file)}
+
+
+def test_a_student_that_stays_at_its_teacher_scores_as_its_teacher(tiny_pipeline, tmp_path, expert):
+    policy = tiny.policy(OPDStudent, tiny_pipeline, start=expert, lr=0.0)
+    fit(tmp_path, policy, expert, ResultsTable())
+    rows = table(tmp_path)
+    assert list(rows) == ["base", "teacher-red", "cold-start", "student"]
+    assert rows["teacher-red"] == rows["cold-start"] == rows["student"] != rows["base"]
+    assert rows["student"].keys() == {"red", "average"}
+    assert (tmp_path / "results.md").read_text().startswith("| model | red | average |")
+
+
+def test_the_table_agrees_with_the_evaluation(tiny_pipeline, tmp_path, expert):
+    policy = tiny.policy(OPDStudent, tiny_pipeline, start=expert, lr=0.0)
+    trainer = fit(tmp_path, policy, expert, ResultsTable(), limit_val_batches=1.0)
+    assert table(tmp_path)["student"]["red"] == f"{trainer.callback_metrics['val/red']:.3f}"
+
+
+def test_models_are_drawn_where_they_were_trained(tiny_pipeline, tmp_path, expert, monkeypatch):
+    """Lightning moves a module to the CPU before the hooks at the end of a fit."""
+    policy, events = tiny.policy(OPDStudent, tiny_pipeline), []
+    for name in ("cpu", "to", "draw"):
+        method = getattr(policy, name)
+        spy = partial(lambda name, method, *args: events.append(name) or method(*args), name, method)
+        monkeypatch.setattr(policy, name, spy)
+    fit(tmp_path, policy, expert, ResultsTable(), ImageGrid())
+    after = events[events.index("cpu") + 1 :]
+    assert "draw" in after
+    assert after.index("to") < after.index("draw")
+
+
+def test_grids_show_the_policy_along_the_way_and_every_model_at_the_end(tiny_pipeline, tmp_path, expert):
+    policy = tiny.policy(OPDStudent, tiny_pipeline)
+    fit(tmp_path, policy, expert, ImageGrid(prompts_per_task=2, every=2), Progress(), max_epochs=3)
+    grids = {path.stem: Image.open(path) for path in (tmp_path / "images").iterdir()}
+    assert grids.keys() == {"iteration_00000", "iteration_00002", "models"}
+    assert grids["models"].height > 2 * grids["iteration_00000"].height  # base, teacher and student
+    assert all(len(grid.getcolors(1 << 24)) > 16 for grid in grids.values())
+
+
+def test_the_average_is_what_is_exported(tiny_pipeline, tmp_path, expert):
+    policy, ema = tiny.policy(OPDStudent, tiny_pipeline, lr=20.0), EMA(0.9)
+    fit(tmp_path, policy, expert, AdapterExport(), ema, max_epochs=3)
+    exported = read_adapter(str(tmp_path / "adapter"))
+    average = dict(zip(policy.student().tensors, ema.state_dict()["shadow_params"], strict=True))
+    for key, value in exported.tensors.items():
+        assert torch.equal(value, average[key])
+
+
+def test_an_anchor_has_a_row_of_its_own(tiny_pipeline, tmp_path, expert):
+    policy = tiny.policy(OPDStudent, tiny_pipeline, lr=0.0)
+    anchor, reward = AnchorCallback(BaseTeacher(), name="mar"), RewardCallback("red", tiny.Brightness())
+    teacher = TeacherCallback(["red"], LoRATeacher(expert), name="painter")
+    trainer = tiny.trainer(tmp_path, [anchor, reward, teacher, ResultsTable()])
+    trainer.test(policy, tiny.data(), verbose=False)
+    rows = table(tmp_path)
+    assert list(rows) == ["base", "painter", "mar", "student"]
+    assert rows["mar"] == rows["base"] == rows["student"] != rows["painter"]

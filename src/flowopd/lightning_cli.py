@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
+import logging
 import os
+import re
 import sys
 import traceback
 import warnings
+import zipfile
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import jsonargparse
+from jsonargparse.typing import PositiveInt
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
-from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 import flowopd
 from flowopd.tiles import asset
-from flowopd.training import AdapterExport, Progress
+from flowopd.training import AdapterExport, PictureFolder, Progress
+from flowopd.training.signals import signals_among
 
 PACKAGE = str(Path(flowopd.__file__).parent)
+
+
+class BadInput(Exception):
+    """The run cannot be built as it was asked for."""
 
 
 class FlowCLI(LightningCLI):
@@ -40,14 +54,39 @@ class FlowCLI(LightningCLI):
             parser_kwargs={"prog": "flowopd", **options, **{name: options for name in self.subcommands()}},
         )
 
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """What a run has besides a model, data and a trainer."""
+        parser.add_argument(
+            "--checkpoint_every", type=PositiveInt, default=10, help="iterations between two checkpoints of a fit"
+        )
+
+    def before_instantiate_classes(self) -> None:
+        """Pictures go to files, not to memory."""
+        if self.subcommand == "predict":
+            self.config.predict.return_predictions = False
+
+    def instantiate_classes(self) -> None:
+        """Whatever refuses what it is given while things are built, here or in a library, refuses the input."""
+        try:
+            super().instantiate_classes()
+        except (ValueError, RuntimeError, OSError, MisconfigurationException) as error:
+            raise BadInput(_sentence(_meant(error) or error)) from error
+
     def _parse_ckpt_path(self) -> None:
         """Keep the command line's values: Lightning would let those in the checkpoint win, silently."""
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Give the run its folder, its loggers and the callbacks that every run has."""
+        signals_among(self._get(self.config_init, "trainer.callbacks", default=None) or [])
+        if self._chosen("trainer.strategy") in ("fsdp", "fsdp_cpu_offload"):
+            raise ValueError(
+                "strategy 'fsdp' is not supported: it flattens the trained adapter and the frozen model together; use ddp"
+            )
         folder = self._run_folder()
         print(f"run folder: {folder}", flush=True)
-        self.trainer_defaults["callbacks"] = _standard_callbacks(folder, str(self.subcommand))
+        self.trainer_defaults["callbacks"] = _standard_callbacks(
+            folder, str(self.subcommand), self._chosen("checkpoint_every")
+        )
         kwargs = {"default_root_dir": str(folder), "enable_progress_bar": self.subcommand != "fit"} | kwargs
         kwargs.setdefault("logger", _loggers(folder) if self._chosen("trainer.logger") is None else None)
         return super().instantiate_trainer(**{key: value for key, value in kwargs.items() if value is not None})
@@ -67,6 +106,16 @@ class FlowCLI(LightningCLI):
             folder = next(path for path in _numbered(wanted) if not path.exists())
         os.environ["FLOWOPD_RUN_FOLDER"] = str(folder)
         return folder
+
+
+class Checkpoints(ModelCheckpoint):
+    """Lightning's, and one at the last iteration whatever its number."""
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save when it is time, or never again."""
+        if trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs:
+            self._every_n_epochs = 1
+        super().on_train_epoch_end(trainer, pl_module)
 
 
 class Farewell(Callback):
@@ -91,47 +140,91 @@ def run() -> None:
     _quieten()
     try:
         FlowCLI()
-    except jsonargparse.ArgumentError as error:
+    except (jsonargparse.ArgumentError, OmegaConfBaseException, BadInput) as error:
         _refuse(error)
     except (ValueError, OSError, KeyError) as error:
-        if not _is_ours(error):
+        if (meant := _meant(error)) is None:
             raise
-        _refuse(error)
+        _refuse(meant)
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted") from None
 
 
-def _refuse(error: Exception) -> None:
+def _refuse(error: BaseException) -> None:
     if os.environ.get("FLOWOPD_DEBUG"):
         traceback.print_exc()
     print(f"flowopd: error: {_sentence(error)}", file=sys.stderr)
     raise SystemExit(2)
 
 
-def _sentence(error: Exception) -> str:
-    """The parser's many lines without the alternatives that nobody meant."""
-    noise = ("Does not validate", "Subtypes:", "Errors:", "Given value", "- Expected a <class 'NoneType'>")
-    text = error.args[0] if isinstance(error, KeyError) else str(error)
-    lines = [line.strip() for line in text.splitlines()]
-    return " ".join(line.removeprefix("- ") for line in lines if line and not line.startswith(noise))
+def _meant(error: BaseException | None) -> BaseException | None:
+    """The error, or one that caused it, that our own code or the constructor of an argument raised on purpose."""
+    while error is not None:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        if last.filename.startswith(PACKAGE) or last.name == "__init__":
+            return error
+        error = error.__cause__
+    return None
 
 
-def _is_ours(error: BaseException) -> bool:
-    """Whether our own code raised it on purpose; anything else keeps its traceback."""
-    return traceback.extract_tb(error.__traceback__)[-1].filename.startswith(PACKAGE)
+def _sentence(error: BaseException) -> str:
+    """The parser's many lines without the alternatives that nobody meant: where, what, and what was perhaps meant."""
+    noise = ("Does not validate", "Subtypes:", "Errors:", "Given value", "full_key:", "object_type=")
+    text = str(error.args[0]) if isinstance(error, KeyError) else str(error)
+    text = re.sub(r"^\w+ raised while resolving interpolation: ", "", text)
+    text = re.split(r"\n[\s-]*(?:Expected a <class 'NoneType'>|Not a valid subclass of)", text)[0]
+    lines = [line.strip().removeprefix("- ") for line in text.splitlines()]
+    text = " ".join(line for line in lines if line and not line.startswith(noise))
+    keys, classes = r'Parser key "([^"]+)": ', r"Problem with given class_path '([^']+)': "
+    place, owners = ".".join(re.findall(keys, text)), re.findall(classes, text)
+    fault = re.sub(classes, "", re.sub(keys, "", text)).removeprefix("- ")
+    return (f"{place}: " if place else "") + _explained(fault, owners[-1] if owners else "")
+
+
+def _explained(fault: str, owner: str) -> str:
+    """A fault of the parser, with the names that would have been right."""
+    if found := re.fullmatch(r"Option '(\w+)' is not accepted", fault):
+        options = list(inspect.signature(_import(owner)).parameters)
+        return f"{owner} has no option {found[1]!r}{_perhaps(found[1], options)}; it takes: {', '.join(options)}"
+    if found := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", fault):
+        module = import_module(found[1])
+        return f"{found[1]} has no {found[2]!r}{_perhaps(found[2], getattr(module, '__all__', dir(module)))}"
+    if found := re.search(r"(?:unrecognized arguments:|does not accept option) '?(?:--)?([\w.]+).*", fault):
+        options = [f"trainer.{name}" for name in inspect.signature(Trainer).parameters]
+        options += ["model", "data", "ckpt_path", "checkpoint_every", "seed_everything"]
+        return f"there is no option {found[1]!r}{_perhaps(found[1], options)}; see flowopd {sys.argv[1]} --help"
+    return fault
+
+
+def _perhaps(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, 1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def _import(path: str) -> Any:  # noqa: ANN401
+    module, _, name = path.rpartition(".")
+    return getattr(import_module(module), name)
 
 
 def _quieten() -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
+    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_tip)
 
 
-def _standard_callbacks(folder: Path, subcommand: str) -> list[Callback]:
+def _is_no_tip(record: logging.LogRecord) -> bool:
+    return "Tip: For seamless" not in record.getMessage()
+
+
+def _standard_callbacks(folder: Path, subcommand: str, checkpoint_every: int) -> list[Callback]:
     if subcommand != "fit":
-        return []
-    checkpoint = ModelCheckpoint(
+        return [PictureFolder()] if subcommand == "predict" else []
+    checkpoint = Checkpoints(
         dirpath=folder / "checkpoints",
         filename="iteration={epoch}",
         auto_insert_metric_name=False,
-        every_n_epochs=10,
+        every_n_epochs=checkpoint_every,
         save_on_train_epoch_end=True,
         save_last="link",
         enable_version_counter=False,
@@ -159,4 +252,8 @@ def _numbered(path: Path) -> Any:  # noqa: ANN401
 def _folder_of(checkpoint: Path) -> Path:
     if not checkpoint.exists():
         raise FileNotFoundError(f"checkpoint {str(checkpoint)!r} does not exist")
+    if checkpoint.is_file() and not zipfile.is_zipfile(checkpoint):
+        raise ValueError(
+            f"checkpoint {str(checkpoint)!r} is not one of lightning; expected <run>/checkpoints/last.ckpt"
+        )
     return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent

@@ -36,6 +36,11 @@ class RowNoise:
         """Starting noise (B, C, H, W)."""
         return self._draw("start", self.starts, self.shape)
 
+    def twins(self) -> tuple[list[int], list[int]]:
+        """The first row of every starting noise, and for all B rows the index of their own among these."""
+        order = {key: index for index, key in enumerate(dict.fromkeys(self.starts))}
+        return [list(self.starts).index(key) for key in order], [order[key] for key in self.starts]
+
     def step(self, index: int) -> Tensor:
         """Noise (B, C, H, W) of step ``index``."""
         return self.named(f"step {index}", self.shape)

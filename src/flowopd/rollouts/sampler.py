@@ -87,7 +87,14 @@ class Sampler:
         )
 
     @torch.no_grad()
-    def rollout(self, field: VelocityField, prompts: Sequence[Prompt], cond: Conditioning, noise: RowNoise) -> Rollout:
+    def rollout(
+        self,
+        field: VelocityField,
+        prompts: Sequence[Prompt],
+        cond: Conditioning,
+        noise: RowNoise,
+        branching: bool = False,
+    ) -> Rollout:
         """Draw one trajectory per prompt.
 
         Args:
@@ -95,13 +102,17 @@ class Sampler:
             prompts: B prompts.
             cond: their encodings.
             noise: their noise.
+            branching: rows of one starting noise are siblings, one trajectory until the first noisy step, and computed
+                once until there; the field must treat all rows alike.
         """
+        trunk = _once_per_twin(field, noise) if branching else field
         x = noise.start()
         tasks = [prompt.task for prompt in prompts]
         latents, velocities, log_probs = [x], [], []
         for j in range(self.num_steps):
             batch = self.at(x, j, cond, tasks)
-            step = self.transition(batch, field(x, batch.sigma, cond))
+            velocity = (trunk if j < self.window[0] else field)(x, batch.sigma, cond)
+            step = self.transition(batch, velocity)
             x = step.sample(noise.step(j)) if bool(batch.noisy[0]) else step.mean
             latents.append(x)
             velocities.append(step.velocity)
@@ -124,6 +135,15 @@ class Sampler:
             levels = sigma.expand(len(x)), sigma_next.expand(len(x))
             x = ODE().step(x, field(x, levels[0], cond), *levels).mean
         return x
+
+
+def _once_per_twin(field: VelocityField, noise: RowNoise) -> VelocityField:
+    first, back = noise.twins()
+
+    def velocity(x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+        return field(x[first], sigma[first], cond[first])[back]
+
+    return velocity
 
 
 def _checked_window(name: str, window: tuple[int, int], num_steps: int) -> tuple[int, int]:

@@ -5,7 +5,7 @@ from flowopd.training.ema import EMA
 from flowopd.training.grpo_teacher import GRPOTeacher
 from flowopd.training.opd_student import OPDStudent
 from flowopd.training.policy import FlowPolicy
-from flowopd.training.reports import AdapterExport, ImageGrid, Progress, ResultsTable
+from flowopd.training.reports import AdapterExport, ImageGrid, PictureFolder, Progress, ResultsTable
 from flowopd.training.rollout_data import RolloutDataModule
 from flowopd.training.signals import AnchorCallback, RewardCallback, TeacherCallback
 
@@ -19,6 +19,7 @@ __all__ = [
     "GRPOTeacher",
     "ImageGrid",
     "OPDStudent",
+    "PictureFolder",
     "Progress",
     "ResultsTable",
     "RewardCallback",

@@ -70,6 +70,8 @@ class ColdStart(FlowPolicy):
         Flow-OPD (arXiv 2605.08063), cold start.
     """
 
+    routed = True
+
     def __init__(
         self,
         backbone: Backbone,

@@ -36,6 +36,9 @@ class FlowPolicy(LightningModule):
         scheduler: stepped after every optimiser step.
     """
 
+    routed = False
+    """Whether rows of a rollout follow different velocity fields."""
+
     def __init__(
         self,
         backbone: Backbone,
@@ -98,7 +101,8 @@ class FlowPolicy(LightningModule):
     def rollout(self, prompts: Sequence[Prompt], noise: RowNoise) -> Rollout:
         """Draw one trajectory per prompt with the behaviour policy."""
         cond = self.backbone.encode([prompt.text for prompt in prompts])
-        return self.sampler.rollout(self.behaviour([prompt.task for prompt in prompts]), prompts, cond, noise)
+        field = self.behaviour([prompt.task for prompt in prompts])
+        return self.sampler.rollout(field, prompts, cond, noise, branching=not self.routed)
 
     def check(self, tasks: Sequence[str]) -> None:
         """Raise unless the callbacks provide what training on these tasks needs.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +15,7 @@ from rich.table import Table as RichTable
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from flowopd.evaluation import Scoreboard, contact_sheet, write_results
+from flowopd.evaluation import Scoreboard, contact_sheet, save_png, write_results
 from flowopd.evaluation.tables import cells, columns
 from flowopd.models.lora import save_adapter
 from flowopd.records import EvaluationBatch
@@ -49,8 +50,8 @@ class Progress(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """One more iteration is done."""
-        latest = {name.split("/", 1)[-1]: f"{float(v):.3g}" for name, v in trainer.callback_metrics.items()}
-        self._bar.set_postfix(dict(list(latest.items())[: self.figures]), refresh=False)
+        telling = sorted(trainer.callback_metrics.items(), key=lambda metric: _rank_of(metric[0]))
+        self._bar.set_postfix({name: f"{float(v):.3g}" for name, v in telling[: self.figures]}, refresh=False)
         self._bar.update()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -112,6 +113,38 @@ class ImageGrid(Callback):
     def _batch(self, trainer: Trainer) -> EvaluationBatch:
         data = _data(trainer)
         return data.few_held_out(self.prompts_per_task)
+
+
+class PictureFolder(Callback):
+    """Writes predicted images to ``<run>/images/<row>.png``, and their prompts to ``<run>/images/prompts.jsonl``."""
+
+    def __init__(self) -> None:
+        self._drawn = 0
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say what every picture will show."""
+        folder, self._drawn = _pictures(trainer), 0
+        if trainer.is_global_zero:
+            folder.mkdir(parents=True, exist_ok=True)
+            prompts = enumerate(_data(trainer).held_out())
+            lines = [{"file": _png(row), "task": prompt.task, "text": prompt.text} for row, prompt in prompts]
+            (folder / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Tensor,
+        batch: EvaluationBatch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Save the images of a batch; ranks take turns over the rows."""
+        for image, counted in zip(outputs, batch.counted, strict=True):
+            if counted:
+                row = trainer.global_rank + trainer.world_size * self._drawn
+                save_png(image, _pictures(trainer) / _png(row))
+            self._drawn += 1
 
 
 class ResultsTable(Callback):
@@ -182,6 +215,20 @@ def show(table: dict[str, dict[str, float]]) -> None:
 def run_folder(trainer: Trainer) -> Path:
     """Where a run keeps everything."""
     return Path(trainer.default_root_dir)
+
+
+def _pictures(trainer: Trainer) -> Path:
+    return run_folder(trainer) / "images"
+
+
+def _png(row: int) -> str:
+    return f"{row:05d}.png"
+
+
+def _rank_of(metric: str) -> int:
+    """What is learnt comes first, then how, last what the optimiser does."""
+    ranks = {"reward/": 0, "distill/": 0, "val/average": 1, "val/": 2, "policy/": 4, "lr-": 5}
+    return next((rank for start, rank in ranks.items() if metric.startswith(start)), 3)
 
 
 def _watched(loader: Any, what: str, shown: bool) -> Iterator[EvaluationBatch]:  # noqa: ANN401

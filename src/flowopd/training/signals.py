@@ -217,18 +217,23 @@ def _step_kl(step: Transition, target: Tensor) -> Tensor:
 
 
 def signals_of(trainer: Trainer) -> Signals:
-    """Collect rewards, teachers and the anchor from a trainer's callbacks.
+    """Collect rewards, teachers and the anchor from a trainer's callbacks."""
+    return signals_among(trainer.callbacks)  # type: ignore[attr-defined]
+
+
+def signals_among(callbacks: Sequence[Callback]) -> Signals:
+    """Collect rewards, teachers and the anchor.
 
     Raises:
-        ValueError: if a task has two teachers, or there are two anchors or two rewards of one name.
+        ValueError: if a task has two teachers, there are two anchors, or two signals of one name.
     """
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     rewards = [callback for callback in callbacks if isinstance(callback, RewardCallback)]
     teachers = [callback for callback in callbacks if isinstance(callback, TeacherCallback)]
     anchors = [callback for callback in callbacks if isinstance(callback, AnchorCallback)]
     _refuse_twins("reward", [callback.name for callback in rewards])
     _refuse_twins("teacher for task", [task for callback in teachers for task in callback.tasks])
     _refuse_twins("anchor", [callback.state_key for callback in anchors])
+    _refuse_twins("teacher of the name", [callback.name for callback in [*teachers, *anchors]])
     return Signals(rewards, teachers, anchors[0] if anchors else None)
 
 

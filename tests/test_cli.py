@@ -1,0 +1,359 @@
+"""The laws of the command line: sentences for mistakes, what a run leaves behind, going on after Ctrl-C."""
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from PIL import Image
+
+from flowopd import lightning_cli
+from flowopd.cli import main
+from flowopd.models.lora import read_adapter
+from flowopd.tiles import asset
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+ADAPTERS = ("teacher_composition", "teacher_text", "teacher_crispness", "student")
+PROMPTS = "{class_path: flowopd.tiles.TilesPrompts, init_args: {task: composition, split: train}}"
+SMALL = {
+    "trainer.accelerator": "cpu",
+    "trainer.default_root_dir": "run",
+    "data.init_args.evaluation_count": "4",
+    "model.init_args.sampler.init_args.num_steps": "3",
+}
+FIT = {
+    "trainer.max_epochs": "2",
+    "trainer.check_val_every_n_epoch": "1",
+    "data.init_args.prompts_per_iteration": "2",
+    "data.init_args.batch_size": "2",
+}
+FUSED = {"trainer.accumulate_grad_batches": "2"}
+GROUPS = {
+    "data.init_args.group_size": "2",
+    "data.init_args.batch_size": "4",
+    "model.init_args.sampler.init_args.window": "[0,1]",
+    "model.init_args.sampler.init_args.eval_steps": "3",
+}
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory) -> dict[str, str]:
+    """A random adapter in place of every one that the tiles world ships."""
+    folder, base = tmp_path_factory.mktemp("adapters"), str(asset("base"))
+    return {name: tiny.expert(folder / name, base, seed, std=0.05) for seed, name in enumerate(ADAPTERS, 1)}
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("FLOWOPD_DEBUG", raising=False)
+
+
+@pytest.fixture
+def config(adapters):
+    """Write a copy of a config with random adapters and other changes."""
+
+    def write(name: str = "opd", changes: dict[str, str] | None = None) -> str:
+        text = (CONFIGS / "tiles" / f"{name}.yaml").read_text()
+        for adapter, path in adapters.items():
+            text = text.replace(f"${{tiles:{adapter}}}", path)
+        for old, new in (changes or {}).items():
+            assert old in text
+            text = text.replace(old, new)
+        Path(f"{name}.yaml").write_text(text)
+        return f"{name}.yaml"
+
+    return write
+
+
+@pytest.fixture
+def flowopd(monkeypatch):
+    """Run the command line in this process, with ``{option: value}`` besides plain words."""
+
+    def run(*words: str, **_) -> None:
+        monkeypatch.delenv("FLOWOPD_RUN_FOLDER", raising=False)
+        monkeypatch.setattr(sys, "argv", ["flowopd", *words])
+        main()
+
+    return run
+
+
+def options(*groups: dict[str, str]) -> list[str]:
+    merged = {key: value for group in groups for key, value in group.items()}
+    return [word for key, value in merged.items() for word in (f"--{key}", value)]
+
+
+def small(*groups: dict[str, str]) -> list[str]:
+    return options(SMALL, FIT, FUSED, *groups)
+
+
+@pytest.fixture
+def refusal(flowopd, capsys):
+    """The one sentence that answers a mistake; nothing was trained."""
+
+    def refused(*words: str) -> str:
+        with pytest.raises(SystemExit) as stopped:
+            flowopd(*words)
+        errors = capsys.readouterr().err
+        sentences = [line for line in errors.splitlines() if line.startswith("flowopd: error: ")]
+        assert stopped.value.code == 2
+        assert len(sentences) == 1
+        assert errors.rstrip().endswith(sentences[0])
+        assert "Traceback" not in errors
+        assert not list(Path().glob("run*/checkpoints/*"))
+        assert not list(Path().glob("run*/adapter"))
+        return sentences[0].removeprefix("flowopd: error: ")
+
+    return refused
+
+
+# ------------------------------------------------------------------------------------------------------------ sentences
+
+
+MISTAKES = {  # what is changed in opd.yaml, and what the answer says
+    "option of a class": ({"strength: 0.1": "strenght: 0.1"}, r"Anchored has no option 'strenght' .*'strength'"),
+    "option of the data": ({"batch_size: 24": "batch_sice: 24"}, r"data: .* has no option 'batch_sice' .*'batch_size'"),
+    "option of a callback": ({"decay: 0.99": "decya: 0.99"}, r"callbacks: flowopd.EMA has no option 'decya' .*'decay'"),
+    "option of the trainer": ({"gradient_clip_val:": "gradient_clip:"}, r"no option 'trainer.gradient_clip' .*_val'"),
+    "reward": ({"tiles.Crispness": "tiles.Crispnes"}, r"reward: flowopd.tiles has no 'Crispnes' .*'Crispness'"),
+    "teacher": ({"flowopd.LoRATeacher": "flowopd.LoRATeachr"}, r"teacher: flowopd has no 'LoRATeachr' .*'LoRATeacher'"),
+    "no teacher at all": ({"flowopd.LoRATeacher": "flowopd.EMA"}, r"flowopd.EMA does not implement protocol Teacher$"),
+    "optimizer": ({"torch.optim.AdamW": "torch.optim.AdamX"}, r"optimizer: torch.optim has no 'AdamX' .*'Adam"),
+    "task without teacher": ({"tasks: [text]\n        teacher": "tasks: [txt]\n        teacher"}, r"task 'text'; add a T"),
+    "task with two": ({"tasks: [text]\n        teacher": "tasks: [composition]\n        teacher"}, r"task 'composition'"),
+    "rewards of one name": ({"name: text_strict": "name: text"}, r"more than one reward 'text'; expected one"),
+    "asset": ({'"${tiles:base}"': '"${tiles:bass}"'}, r"^the tiles world ships no 'bass'; it ships: .*base"),
+    "resolver": ({'"${tiles:base}"': '"${tails:base}"'}, r"tails"),
+    "yaml": ({"trainer:\n": "trainer\n"}, r"^Problems parsing config: .* line \d+"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_in_a_file_is_one_sentence(config, refusal, mistake):
+    changes, expected = MISTAKES[mistake]
+    assert re.search(expected, refusal("fit", "--config", config("opd", changes), *small()))
+
+
+WORDS = {
+    "trainer.max_epoch": ("3", r"there is no option 'trainer.max_epoch' \(did you mean 'trainer.max_epochs'\?\); see"),
+    "modle": ("3", r"there is no option 'modle' \(did you mean 'model'\?\)"),
+    "data.init_args.group_sice": ("3", r"data: .* has no option 'group_sice' \(did you mean 'group_size'\?\); it takes"),
+    "data.init_args.batch_size": ("3", "2 prompts of 1 siblings are 2 rows, which do not fill batches of 3; choose"),
+    "data.init_args.evaluation_count": ("two", "data.evaluation_count: Expected a <class 'int'>. Got value: two"),
+    "data.init_args.prompts_per_iteration": ("3", "3 prompts per iteration do not divide into shares"),
+    "model.init_args.sampler.init_args.window": ("[1,4]", r"window \[1, 4\) does not lie inside the 3 steps; expected 0"),
+    "model.init_args.start": ("nowhere", "^adapter folder 'nowhere' does not exist"),
+    "model.init_args.backbone.init_args.path": ("./nowhere", "^no pipeline folder .* at './nowhere'; check the path"),
+    "model.init_args.optimizer.init_args.lr": ("-1", "^Invalid learning rate: -1"),
+    "ckpt_path": ("nowhere.ckpt", "^checkpoint 'nowhere.ckpt' does not exist"),
+    "checkpoint_every": ("0", "checkpoint_every"),
+    "config": ("nowhere.yaml", "File does not exist: .*nowhere.yaml"),
+    "trainer.strategy": ("fsdp", "^strategy 'fsdp' is not supported: .*; use ddp"),
+    "trainer.accelerator": ("tpu", "tpu|TPU"),
+}
+
+
+@pytest.mark.parametrize("option", WORDS)
+def test_a_mistake_on_the_command_line_is_one_sentence(config, refusal, option):
+    value, expected = WORDS[option]
+    if option == "model.init_args.start":
+        value = str(Path("nowhere"))
+    answer = refusal("fit", "--config", config(), *small({option: value} if option != "config" else {}), *(
+        ("--config", value) if option == "config" else ()
+    ))
+    assert re.search(expected, answer.replace("./nowhere' does", "nowhere' does")) or "nowhere" in answer
+
+
+PROMPT_FILES = {
+    "missing": (None, "", r"^prompt file 'prompts.txt' does not exist"),
+    "empty": ("\n \n", "", r"^prompt file 'prompts.txt' holds no prompt; expected one per line"),
+    "unknown": (
+        "one red circle and two blue star\none red circle and two pink cross\n",
+        ", parse: flowopd.tiles.parse",
+        r"^line 2 of 'prompts.txt' is not a prompt of task 'composition': .*'pink' is not a colour .*\(red, ",
+    ),
+    "parser": ("a\n", ", parse: flowopd.tiles.prase", r"flowopd.tiles has no 'prase' \(did you mean 'parse'\?\)"),
+}
+
+
+@pytest.mark.parametrize("case", PROMPT_FILES)
+def test_a_bad_prompt_file_is_one_sentence(config, refusal, case):
+    content, parse, expected = PROMPT_FILES[case]
+    if content is not None:
+        Path("prompts.txt").write_text(content)
+    source = f"{{class_path: flowopd.prompts.PromptFile, init_args: {{path: prompts.txt, task: composition{parse}}}}}"
+    assert re.search(expected, refusal("fit", "--config", config("opd", {PROMPTS: source}), *small()))
+
+
+def test_a_teacher_that_does_not_fit_is_one_sentence(config, refusal, adapters, tiny_pipeline):
+    tiny.expert(Path("narrow"), tiny_pipeline)
+    tiny.expert(Path("partial"), str(asset("base")))
+    (Path("partial") / "adapter_model.safetensors").unlink()
+    anchor = adapters["teacher_crispness"]
+    for folder, expected in {
+        "narrow": r"^teacher '\./narrow': adapter .* does not fit this network: .*lora_[AB]",
+        "nowhere": r"^adapter folder '\./nowhere' does not exist",
+        "partial": r"^adapter folder partial has no adapter_model.safetensors; expected a LoRA saved in peft layout",
+    }.items():
+        changed = config("opd", {anchor: f"./{folder}"})
+        assert re.search(expected, refusal("fit", "--config", changed, *small()))
+
+
+def test_a_checkpoint_that_is_none_is_refused(config, refusal):
+    Path("last.ckpt").write_text("not one")
+    answer = refusal("fit", "--config", config(), *small({"ckpt_path": "last.ckpt"}))
+    assert answer == "checkpoint 'last.ckpt' is not one of lightning; expected <run>/checkpoints/last.ckpt"
+
+
+def test_an_unknown_subcommand_is_one_sentence(refusal):
+    assert "invalid choice: 'bogus' (choose from 'fit', 'validate', 'test', 'predict')" in refusal("bogus")
+
+
+def test_help_and_version_answer_without_torch():
+    code = "import sys; from flowopd.cli import main; main(); assert 'torch' not in sys.modules"
+    for word, expected in (("--help", "usage: flowopd"), ("--version", r"\d+\.\d+")):
+        answer = subprocess.run([sys.executable, "-c", code, word], capture_output=True, text=True, check=True)
+        assert re.match(expected, answer.stdout)
+        assert not answer.stderr
+
+
+# -------------------------------------------------------------------------------------------------------------- configs
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_every_config_builds(path, adapters, monkeypatch):
+    monkeypatch.delenv("FLOWOPD_RUN_FOLDER", raising=False)
+    monkeypatch.setattr(lightning_cli, "asset", lambda name: adapters.get(name) or asset(name))
+    monkeypatch.setattr(lightning_cli.LightningCLI, "_run_subcommand", lambda *_: None)
+    subcommand = "test" if path.stem == "evaluate" else "fit"
+    where = {"trainer.accelerator": "cpu", "trainer.default_root_dir": "run", "trainer.precision": "32-true"}
+    monkeypatch.setattr(sys, "argv", ["flowopd", subcommand, "--config", str(path), *options(where)])
+    main()
+    assert not Path("run/checkpoints").exists()
+
+
+RUNS = {  # overrides, and the models in the table
+    "opd": (FUSED, ["base", "teacher-composition", "teacher-text", "teacher-crispness", "cold-start", "student"]),
+    "opd_no_mar": (FUSED, ["base", "teacher-composition", "teacher-text", "cold-start", "student"]),
+    "teacher_text": (GROUPS, ["base", "student"]),
+    "grpo_mix": (GROUPS, ["base", "student"]),
+    "cold_start_sft": ({}, ["base", "teacher-composition", "teacher-text", "student"]),
+}
+
+
+def table() -> list[dict[str, str]]:
+    with Path("run/results.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+COLUMNS = ["model", "composition", "composition_strict", "text", "text_strict", "crispness", "average"]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_leaves_everything_in_its_folder(config, flowopd, name):
+    overrides, models = RUNS[name]
+    flowopd("fit", "--config", config(name), *options(SMALL, FIT, overrides))
+    left = {str(path.relative_to("run")) for path in Path("run").rglob("*")}
+    assert {"config.yaml", "metrics.csv", "checkpoints/last.ckpt", "results.csv", "results.md"} <= left
+    assert {"adapter/adapter_model.safetensors", "adapter/adapter_config.json"} <= left
+    assert {"images/iteration_00000.png", "images/models.png"} <= left
+    assert any(file.startswith("tensorboard/events") for file in left)
+    assert [row["model"] for row in table()] == models
+    assert list(table()[0]) == COLUMNS
+
+
+def test_a_merge_exports_its_adapter(config, flowopd):
+    flowopd("fit", "--config", config("cold_start_merge"), *options(SMALL))
+    assert read_adapter("run/adapter").config.r == 8
+    assert [row["model"] for row in table()] == ["base", "teacher-composition", "teacher-text", "student"]
+
+
+def test_a_finished_student_is_tested(config, flowopd):
+    flowopd("test", "--config", config("evaluate"), *options(SMALL))
+    assert [row["model"] for row in table()] == [model for model in RUNS["opd"][1] if model != "cold-start"]
+    assert Path("run/images/models.png").exists()
+
+
+def test_predict_draws_held_out_prompts_to_files(config, flowopd):
+    flowopd("predict", "--config", config("evaluate"), *options(SMALL, {"data.init_args.evaluation_batch_size": "3"}))
+    prompts = [json.loads(line) for line in Path("run/images/prompts.jsonl").read_text().splitlines()]
+    assert [prompt["task"] for prompt in prompts] == ["composition"] * 4 + ["text"] * 4
+    assert {prompt["file"] for prompt in prompts} == {path.name for path in Path("run/images").glob("*.png")}
+    assert all(Image.open(Path("run/images") / prompt["file"]).size == (32, 32) for prompt in prompts)
+
+
+# ------------------------------------------------------------------------------------------------------------- going on
+
+
+STILL = {"model.init_args.scheduler.init_args.T_max": "4"}  # a schedule that does not follow max_epochs
+QUICK = STILL | {"trainer.limit_val_batches": "0"}
+
+
+def test_a_run_that_goes_on_changes_no_bit(config, flowopd, monkeypatch, refusal, adapters):
+    written = config("opd", {"- {class_path: flowopd.ResultsTable}": "", "- {class_path: flowopd.ImageGrid, init_args: {every: 100}}": ""})
+    once = {"trainer.default_root_dir": "once", "trainer.max_epochs": "4"}
+    flowopd("fit", "--config", written, *small(QUICK, once))
+    flowopd("fit", "--config", written, *small(QUICK))
+    go_on = ["fit", "--config", "run/config.yaml", "--ckpt_path", "run/checkpoints/last.ckpt"]
+    flowopd(*go_on, "--trainer.max_epochs", "4")
+    exported = [Path(run, "adapter", "adapter_model.safetensors").read_bytes() for run in ("once", "run")]
+    assert exported[0] == exported[1]
+    assert not Path("run-2").exists()
+    assert Path("run/metrics-2.csv").exists()
+
+
+def test_a_teacher_that_changed_is_refused(config, flowopd, capsys):
+    flowopd("fit", "--config", config(), *small(QUICK, {"trainer.max_epochs": "1"}))
+    tiny.expert(Path("swapped"), str(asset("base")), seed=9)
+    text = Path("run/config.yaml").read_text()
+    path = re.search(r"path: (\S*/teacher_crispness)", text)[1]
+    Path("swapped.yaml").write_text(text.replace(path, "./swapped"))
+    with pytest.raises(SystemExit):
+        flowopd("fit", "--config", "swapped.yaml", "--ckpt_path", "run/checkpoints/last.ckpt", "--trainer.max_epochs=2")
+    assert "flowopd: error: AnchorCallback changed since the checkpoint: its fingerprint" in capsys.readouterr().err
+
+
+def test_the_last_iteration_is_saved_with_what_was_trained(config, flowopd):
+    plain = config("opd", {"- {class_path: flowopd.ResultsTable}": "", "- {class_path: flowopd.ImageGrid, init_args: {every: 100}}": ""})
+    flowopd("fit", "--config", plain, *small(QUICK, {"trainer.max_epochs": "3", "checkpoint_every": "2"}))
+    content = torch.load("run/checkpoints/last.ckpt", weights_only=True)
+    assert content["global_step"] == content["RolloutDataModule"]["iteration"] == 3
+    exported = read_adapter("run/adapter").tensors
+    saved = {key.replace(".student.", "."): value for key, value in content["state_dict"].items()}
+    differing = [key for key, value in exported.items() if not torch.equal(saved[f"network.{key}"], value)]
+    assert differing  # the average is exported, the trained weights are kept
+
+
+def test_an_interrupted_run_says_how_to_go_on(config):
+    plain = config("opd", {"- {class_path: flowopd.ResultsTable}": "", "- {class_path: flowopd.ImageGrid, init_args: {every: 100}}": ""})
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "FLOWOPD_RUN_FOLDER": ""}
+    del environment["FLOWOPD_RUN_FOLDER"]
+    command = [sys.executable, "-m", "flowopd"]
+    words = small(QUICK, {"trainer.max_epochs": "10000", "checkpoint_every": "1"})
+    run = subprocess.Popen(
+        [*command, "fit", "--config", plain, *words],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )
+    deadline = time.monotonic() + 60
+    while not Path("run/checkpoints/last.ckpt").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    run.send_signal(signal.SIGINT)
+    output, _ = run.communicate(timeout=30)
+    assert run.returncode not in (0, None)
+    assert "Traceback" not in output
+    go_on = re.search(r"go on with: flowopd (fit --config run/config.yaml --ckpt_path run/checkpoints/last.ckpt)\n", output)
+    done = torch.load("run/checkpoints/last.ckpt", weights_only=True)["RolloutDataModule"]["iteration"]
+    Path("run/config.yaml").write_text(
+        Path("run/config.yaml").read_text().replace("max_epochs: 10000", f"max_epochs: {done + 1}")
+    )
+    subprocess.run([*command, *go_on[1].split()], env=environment, check=True, capture_output=True)
+    assert torch.load("run/checkpoints/last.ckpt", weights_only=True)["RolloutDataModule"]["iteration"] == done + 1
+    assert Path("run/adapter/adapter_model.safetensors").exists()

@@ -28,6 +28,7 @@ SMALL = {
     "trainer.default_root_dir": "run",
     "data.init_args.evaluation_count": "4",
     "model.init_args.sampler.init_args.num_steps": "3",
+    "model.init_args.sampler.init_args.eval_steps": "3",
 }
 FIT = {
     "trainer.max_epochs": "2",
@@ -35,12 +36,16 @@ FIT = {
     "data.init_args.prompts_per_iteration": "2",
     "data.init_args.batch_size": "2",
 }
-FUSED = {"trainer.accumulate_grad_batches": "2"}
+FUSED = {
+    "trainer.accumulate_grad_batches": "2",
+    "model.init_args.sampler.init_args.window": "[0,2]",
+    "model.init_args.sampler.init_args.trained": "[0,2]",
+}
 GROUPS = {
     "data.init_args.group_size": "2",
     "data.init_args.batch_size": "4",
     "model.init_args.sampler.init_args.window": "[0,1]",
-    "model.init_args.sampler.init_args.eval_steps": "3",
+    "model.init_args.sampler.init_args.trained": "[0,1]",
 }
 
 
@@ -76,9 +81,9 @@ def config(adapters):
 
 @pytest.fixture
 def flowopd(monkeypatch):
-    """Run the command line in this process, with ``{option: value}`` besides plain words."""
+    """Run the command line in this process."""
 
-    def run(*words: str, **_) -> None:
+    def run(*words: str) -> None:
         monkeypatch.delenv("FLOWOPD_RUN_FOLDER", raising=False)
         monkeypatch.setattr(sys, "argv", ["flowopd", *words])
         main()
@@ -118,6 +123,7 @@ def refusal(flowopd, capsys):
 # ------------------------------------------------------------------------------------------------------------ sentences
 
 
+TEACHER = "\n        teacher"
 MISTAKES = {  # what is changed in opd.yaml, and what the answer says
     "option of a class": ({"strength: 0.1": "strenght: 0.1"}, r"Anchored has no option 'strenght' .*'strength'"),
     "option of the data": ({"batch_size: 24": "batch_sice: 24"}, r"data: .* has no option 'batch_sice' .*'batch_size'"),
@@ -127,8 +133,8 @@ MISTAKES = {  # what is changed in opd.yaml, and what the answer says
     "teacher": ({"flowopd.LoRATeacher": "flowopd.LoRATeachr"}, r"teacher: flowopd has no 'LoRATeachr' .*'LoRATeacher'"),
     "no teacher at all": ({"flowopd.LoRATeacher": "flowopd.EMA"}, r"flowopd.EMA does not implement protocol Teacher$"),
     "optimizer": ({"torch.optim.AdamW": "torch.optim.AdamX"}, r"optimizer: torch.optim has no 'AdamX' .*'Adam"),
-    "task without teacher": ({"tasks: [text]\n        teacher": "tasks: [txt]\n        teacher"}, r"task 'text'; add a T"),
-    "task with two": ({"tasks: [text]\n        teacher": "tasks: [composition]\n        teacher"}, r"task 'composition'"),
+    "task without teacher": ({f"tasks: [text]{TEACHER}": f"tasks: [txt]{TEACHER}"}, r"task 'text'; add a Teach"),
+    "task with two": ({f"tasks: [text]{TEACHER}": f"tasks: [composition]{TEACHER}"}, r"more than one .* 'composition'"),
     "rewards of one name": ({"name: text_strict": "name: text"}, r"more than one reward 'text'; expected one"),
     "asset": ({'"${tiles:base}"': '"${tiles:bass}"'}, r"^the tiles world ships no 'bass'; it ships: .*base"),
     "resolver": ({'"${tiles:base}"': '"${tails:base}"'}, r"tails"),
@@ -145,38 +151,38 @@ def test_a_mistake_in_a_file_is_one_sentence(config, refusal, mistake):
 WORDS = {
     "trainer.max_epoch": ("3", r"there is no option 'trainer.max_epoch' \(did you mean 'trainer.max_epochs'\?\); see"),
     "modle": ("3", r"there is no option 'modle' \(did you mean 'model'\?\)"),
-    "data.init_args.group_sice": ("3", r"data: .* has no option 'group_sice' \(did you mean 'group_size'\?\); it takes"),
+    "data.init_args.group_sice": (
+        "3",
+        r"data: .* has no option 'group_sice' \(did you mean 'group_size'\?\); it takes",
+    ),
     "data.init_args.batch_size": ("3", "2 prompts of 1 siblings are 2 rows, which do not fill batches of 3; choose"),
     "data.init_args.evaluation_count": ("two", "data.evaluation_count: Expected a <class 'int'>. Got value: two"),
     "data.init_args.prompts_per_iteration": ("3", "3 prompts per iteration do not divide into shares"),
-    "model.init_args.sampler.init_args.window": ("[1,4]", r"window \[1, 4\) does not lie inside the 3 steps; expected 0"),
-    "model.init_args.start": ("nowhere", "^adapter folder 'nowhere' does not exist"),
+    "model.init_args.sampler.init_args.window": (
+        "[1,4]",
+        r"window \[1, 4\) does not lie inside the 3 steps; expected 0",
+    ),
+    "model.init_args.start": ("./nowhere", "^adapter folder './nowhere' does not exist"),
     "model.init_args.backbone.init_args.path": ("./nowhere", "^no pipeline folder .* at './nowhere'; check the path"),
     "model.init_args.optimizer.init_args.lr": ("-1", "^Invalid learning rate: -1"),
     "ckpt_path": ("nowhere.ckpt", "^checkpoint 'nowhere.ckpt' does not exist"),
     "checkpoint_every": ("0", "checkpoint_every"),
     "config": ("nowhere.yaml", "File does not exist: .*nowhere.yaml"),
     "trainer.strategy": ("fsdp", "^strategy 'fsdp' is not supported: .*; use ddp"),
-    "trainer.accelerator": ("tpu", "tpu|TPU"),
 }
 
 
 @pytest.mark.parametrize("option", WORDS)
 def test_a_mistake_on_the_command_line_is_one_sentence(config, refusal, option):
     value, expected = WORDS[option]
-    if option == "model.init_args.start":
-        value = str(Path("nowhere"))
-    answer = refusal("fit", "--config", config(), *small({option: value} if option != "config" else {}), *(
-        ("--config", value) if option == "config" else ()
-    ))
-    assert re.search(expected, answer.replace("./nowhere' does", "nowhere' does")) or "nowhere" in answer
+    assert re.search(expected, refusal("fit", "--config", config(), *small(), f"--{option}", value))
 
 
 PROMPT_FILES = {
     "missing": (None, "", r"^prompt file 'prompts.txt' does not exist"),
     "empty": ("\n \n", "", r"^prompt file 'prompts.txt' holds no prompt; expected one per line"),
     "unknown": (
-        "one red circle and two blue star\none red circle and two pink cross\n",
+        "one red circle and two blue circle\none red circle and two pink circle\n",
         ", parse: flowopd.tiles.parse",
         r"^line 2 of 'prompts.txt' is not a prompt of task 'composition': .*'pink' is not a colour .*\(red, ",
     ),
@@ -228,7 +234,10 @@ def test_help_and_version_answer_without_torch():
 # -------------------------------------------------------------------------------------------------------------- configs
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
+BUILT = sorted(path for path in CONFIGS.rglob("*.yaml") if path.stem != "pretrain")  # which reads a folder to be made
+
+
+@pytest.mark.parametrize("path", BUILT, ids=lambda path: path.stem)
 def test_every_config_builds(path, adapters, monkeypatch):
     monkeypatch.delenv("FLOWOPD_RUN_FOLDER", raising=False)
     monkeypatch.setattr(lightning_cli, "asset", lambda name: adapters.get(name) or asset(name))
@@ -287,7 +296,9 @@ def test_predict_draws_held_out_prompts_to_files(config, flowopd):
     prompts = [json.loads(line) for line in Path("run/images/prompts.jsonl").read_text().splitlines()]
     assert [prompt["task"] for prompt in prompts] == ["composition"] * 4 + ["text"] * 4
     assert {prompt["file"] for prompt in prompts} == {path.name for path in Path("run/images").glob("*.png")}
-    assert all(Image.open(Path("run/images") / prompt["file"]).size == (32, 32) for prompt in prompts)
+    for prompt in prompts:
+        with Image.open(Path("run/images") / prompt["file"]) as picture:
+            assert picture.size == (32, 32)
 
 
 # ------------------------------------------------------------------------------------------------------------- going on
@@ -297,11 +308,19 @@ STILL = {"model.init_args.scheduler.init_args.T_max": "4"}  # a schedule that do
 QUICK = STILL | {"trainer.limit_val_batches": "0"}
 
 
-def test_a_run_that_goes_on_changes_no_bit(config, flowopd, monkeypatch, refusal, adapters):
-    written = config("opd", {"- {class_path: flowopd.ResultsTable}": "", "- {class_path: flowopd.ImageGrid, init_args: {every: 100}}": ""})
+@pytest.fixture
+def bare_opd(config):
+    """The main job without its pictures and its table."""
+    path = Path(config())
+    kept = [line for line in path.read_text().splitlines() if not re.search(r"ImageGrid|ResultsTable", line)]
+    path.write_text("\n".join(kept))
+    return str(path)
+
+
+def test_a_run_that_goes_on_changes_no_bit(bare_opd, flowopd):
     once = {"trainer.default_root_dir": "once", "trainer.max_epochs": "4"}
-    flowopd("fit", "--config", written, *small(QUICK, once))
-    flowopd("fit", "--config", written, *small(QUICK))
+    flowopd("fit", "--config", bare_opd, *small(QUICK, once))
+    flowopd("fit", "--config", bare_opd, *small(QUICK))
     go_on = ["fit", "--config", "run/config.yaml", "--ckpt_path", "run/checkpoints/last.ckpt"]
     flowopd(*go_on, "--trainer.max_epochs", "4")
     exported = [Path(run, "adapter", "adapter_model.safetensors").read_bytes() for run in ("once", "run")]
@@ -321,9 +340,8 @@ def test_a_teacher_that_changed_is_refused(config, flowopd, capsys):
     assert "flowopd: error: AnchorCallback changed since the checkpoint: its fingerprint" in capsys.readouterr().err
 
 
-def test_the_last_iteration_is_saved_with_what_was_trained(config, flowopd):
-    plain = config("opd", {"- {class_path: flowopd.ResultsTable}": "", "- {class_path: flowopd.ImageGrid, init_args: {every: 100}}": ""})
-    flowopd("fit", "--config", plain, *small(QUICK, {"trainer.max_epochs": "3", "checkpoint_every": "2"}))
+def test_the_last_iteration_is_saved_with_what_was_trained(bare_opd, flowopd):
+    flowopd("fit", "--config", bare_opd, *small(QUICK, {"trainer.max_epochs": "3", "checkpoint_every": "2"}))
     content = torch.load("run/checkpoints/last.ckpt", weights_only=True)
     assert content["global_step"] == content["RolloutDataModule"]["iteration"] == 3
     exported = read_adapter("run/adapter").tensors
@@ -332,24 +350,27 @@ def test_the_last_iteration_is_saved_with_what_was_trained(config, flowopd):
     assert differing  # the average is exported, the trained weights are kept
 
 
-def test_an_interrupted_run_says_how_to_go_on(config):
-    plain = config("opd", {"- {class_path: flowopd.ResultsTable}": "", "- {class_path: flowopd.ImageGrid, init_args: {every: 100}}": ""})
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "FLOWOPD_RUN_FOLDER": ""}
-    del environment["FLOWOPD_RUN_FOLDER"]
+def test_an_interrupted_run_says_how_to_go_on(bare_opd):
+    environment = {key: value for key, value in os.environ.items() if key != "FLOWOPD_RUN_FOLDER"}
+    environment |= {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "flowopd"]
     words = small(QUICK, {"trainer.max_epochs": "10000", "checkpoint_every": "1"})
     run = subprocess.Popen(
-        [*command, "fit", "--config", plain, *words],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        [*command, "fit", "--config", bare_opd, *words],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     deadline = time.monotonic() + 60
-    while not Path("run/checkpoints/last.ckpt").exists() and time.monotonic() < deadline:
+    while not Path("run/checkpoints/last.ckpt").exists() and run.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
     run.send_signal(signal.SIGINT)
     output, _ = run.communicate(timeout=30)
     assert run.returncode not in (0, None)
     assert "Traceback" not in output
-    go_on = re.search(r"go on with: flowopd (fit --config run/config.yaml --ckpt_path run/checkpoints/last.ckpt)\n", output)
+    last = Path("run/checkpoints/last.ckpt")
+    go_on = re.search(rf"go on with: flowopd (fit --config run/config.yaml --ckpt_path {last})\n", output)
     done = torch.load("run/checkpoints/last.ckpt", weights_only=True)["RolloutDataModule"]["iteration"]
     Path("run/config.yaml").write_text(
         Path("run/config.yaml").read_text().replace("max_epochs: 10000", f"max_epochs: {done + 1}")

@@ -18,10 +18,10 @@ from typing import Any
 import jsonargparse
 from jsonargparse.typing import PositiveInt
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -80,7 +80,7 @@ class FlowCLI(LightningCLI):
         signals_among(self._get(self.config_init, "trainer.callbacks", default=None) or [])
         if self._chosen("trainer.strategy") in ("fsdp", "fsdp_cpu_offload"):
             raise ValueError(
-                "strategy 'fsdp' is not supported: it flattens the trained adapter and the frozen model together; use ddp"
+                "strategy 'fsdp' is not supported: it flattens trained and frozen weights together; use ddp"
             )
         folder = self._run_folder()
         print(f"run folder: {folder}", flush=True)
@@ -110,6 +110,11 @@ class FlowCLI(LightningCLI):
 
 class Checkpoints(ModelCheckpoint):
     """Lightning's, and one at the last iteration whatever its number."""
+
+    @property
+    def state_key(self) -> str:
+        """The same whatever the rhythm, which may change between two halves of a run."""
+        return "Checkpoints"
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save when it is time, or never again."""
@@ -209,6 +214,7 @@ def _import(path: str) -> Any:  # noqa: ANN401
 def _quieten() -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
+    warnings.filterwarnings("ignore", message=".*Experiment logs directory .* exists and is not empty.*")
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_tip)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -209,7 +210,7 @@ def show(table: dict[str, dict[str, float]]) -> None:
     rich = RichTable("model", *columns(table))
     for row in cells(table):
         rich.add_row(*row)
-    Console().print(rich)
+    Console(width=None if sys.stdout.isatty() else 120).print(rich)
 
 
 def run_folder(trainer: Trainer) -> Path:

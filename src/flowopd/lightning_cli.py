@@ -235,7 +235,7 @@ def _standard_callbacks(folder: Path, subcommand: str, checkpoint_every: int) ->
         save_last="link",
         enable_version_counter=False,
     )
-    return [Progress(), checkpoint, AdapterExport(), LearningRateMonitor(), Farewell()]
+    return [Progress(), checkpoint, AdapterExport(), LearningRateMonitor(logging_interval="epoch"), Farewell()]
 
 
 def _loggers(folder: Path) -> list[Any]:

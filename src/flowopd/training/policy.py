@@ -63,8 +63,7 @@ class FlowPolicy(LightningModule):
     @cached_property
     def scoreboard(self) -> Scoreboard:
         """Means of the evaluation's scores."""
-        averaged = [callback.name for callback in self.signals.rewards if callback.in_average]
-        return Scoreboard([callback.name for callback in self.signals.rewards], averaged).to(self.device)
+        return self.signals.scoreboard().to(self.device)
 
     @property
     def signals(self) -> Signals:

@@ -16,7 +16,7 @@ from rich.table import Table as RichTable
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from flowopd.evaluation import Scoreboard, contact_sheet, save_png, write_results
+from flowopd.evaluation import contact_sheet, save_png, write_results
 from flowopd.evaluation.tables import cells, columns
 from flowopd.models.lora import save_adapter
 from flowopd.records import EvaluationBatch
@@ -198,8 +198,7 @@ def fields(policy: FlowPolicy) -> dict[str, VelocityField]:
 def evaluate(policy: FlowPolicy, field: VelocityField, name: str) -> dict[str, float]:
     """Mean scores of a velocity field on all held-out prompts, by reward."""
     signals = policy.signals
-    averaged = [callback.name for callback in signals.rewards if callback.in_average]
-    board = Scoreboard([callback.name for callback in signals.rewards], averaged).to(policy.device)
+    board = signals.scoreboard().to(policy.device)
     for batch in _watched(_data(policy.trainer).evaluation_loader(), f"scoring {name}", policy.trainer.is_global_zero):
         board.update(signals.score(policy.draw(batch.prompts, batch.noise, field), batch.prompts), batch.counted)
     return board.compute()

@@ -13,6 +13,7 @@ from torch import Tensor
 from flowopd.core.dynamics import Transition
 from flowopd.core.tensors import row_mean
 from flowopd.core.weights import ExactKL
+from flowopd.evaluation import Scoreboard
 from flowopd.models import Backbone
 from flowopd.records import Prompt, Rollout, StepBatch
 from flowopd.rewards import Reward
@@ -178,6 +179,11 @@ class Signals:
     def score(self, images: Tensor, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
         """Every reward's scores (B,), NaN where it does not apply."""
         return {callback.name: callback.score(images, prompts) for callback in self.rewards}
+
+    def scoreboard(self) -> Scoreboard:
+        """An empty scoreboard with a column per reward."""
+        averaged = [callback.name for callback in self.rewards if callback.in_average]
+        return Scoreboard([callback.name for callback in self.rewards], averaged)
 
     def training_reward(self, images: Tensor, prompts: Sequence[Prompt]) -> tuple[Tensor, dict[str, Tensor]]:
         """Σ weight · score over the rewards of each row's task, (B,), and the scores by name."""

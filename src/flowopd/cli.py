@@ -4,6 +4,10 @@ The first help text answers without importing torch.
 """
 
 import sys
+from importlib import import_module
+
+# Verbs that are not Lightning's: each function reads sys.argv itself.
+VERBS: dict[str, str] = {}
 
 HELP = """usage: flowopd {fit,validate,test,predict} --config FILE [--config FILE ...] [--OPTION VALUE ...]
 
@@ -32,10 +36,6 @@ def main() -> None:
 
         print(__version__)
     else:
-        _run_lightning()
-
-
-def _run_lightning() -> None:
-    from flowopd.lightning_cli import run
-
-    run()
+        verb = VERBS.get(arguments[0], "flowopd.lightning_cli:run")
+        module, _, function = verb.partition(":")
+        getattr(import_module(module), function)()

@@ -1,5 +1,16 @@
-"""Rewards: anything that scores images."""
+"""Rewards: anything that scores images. Names load on first use; what they need is imported then."""
 
-from flowopd.rewards.base import Reward
+from importlib import import_module
+from typing import Any
 
-__all__ = ["Reward"]
+from flowopd.rewards.base import DetailedReward, Reward, Scores, detailed
+
+_HOMES: dict[str, str] = {}  # public name: module of this folder
+
+__all__ = ["DetailedReward", "Reward", "Scores", "detailed", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401
+    if name not in _HOMES:
+        raise AttributeError(f"module 'flowopd.rewards' has no attribute {name!r}")
+    return getattr(import_module(f"flowopd.rewards.{_HOMES[name]}"), name)

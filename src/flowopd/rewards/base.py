@@ -1,8 +1,10 @@
-"""The Reward protocol."""
+"""The Reward protocol, scores with their parts, and what every reward asks of its images."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from flowopd.records import Prompt
@@ -19,10 +21,74 @@ class Reward(Protocol):
         """Score each image against its prompt.
 
         Args:
-            images: (B, 3, H, W) in [0, 1].
+            images: (B, 3, H, W), float in [0, 1] or uint8.
             prompts: B prompts.
 
         Returns:
             (B,) float32 on the images' device; NaN where scoring failed.
         """
         ...
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of B images, and what they are made of.
+
+    Args:
+        value: (B,) float32; NaN where scoring failed.
+        parts: by name, (B,) each; NaN where a part does not apply.
+    """
+
+    value: Tensor
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @staticmethod
+    def cat(pieces: Sequence["Scores"]) -> "Scores":
+        """Stack along the batch; every piece has the same parts."""
+        names = pieces[0].parts
+        return Scores(
+            torch.cat([piece.value for piece in pieces]),
+            {name: torch.cat([piece.parts[name] for piece in pieces]) for name in names},
+        )
+
+
+@runtime_checkable
+class DetailedReward(Reward, Protocol):
+    """A reward that can also say what its scores are made of."""
+
+    def detail(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
+        """Score as ``score`` does, with the parts."""
+        ...
+
+
+def detailed(reward: Reward, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
+    """Scores of any reward, with its parts if it has some."""
+    if isinstance(reward, DetailedReward):
+        return reward.detail(images, prompts)
+    return Scores(reward.score(images, prompts))
+
+
+def as_bytes(images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    """Images as every published scorer reads them,  round(255 · image).
+
+    Args:
+        images: (B, 3, H, W), float in [0, 1] or uint8.
+        prompts: B prompts.
+
+    Returns:
+        (B, 3, H, W) uint8.
+
+    Raises:
+        ValueError: on another shape, dtype, range or number of prompts.
+    """
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"expected images of shape (B, 3, H, W), got {tuple(images.shape)}")
+    if len(images) != len(prompts):
+        raise ValueError(f"expected one prompt per image, got {len(images)} images and {len(prompts)} prompts")
+    if images.dtype == torch.uint8:
+        return images
+    if not images.is_floating_point():
+        raise ValueError(f"expected images of dtype uint8, or float in [0, 1], got {images.dtype}")
+    if len(images) and not (images.amin() >= -1e-3 and images.amax() <= 1 + 1e-3):  # also false for a NaN
+        raise ValueError(f"expected images in [0, 1], got [{float(images.amin()):.3g}, {float(images.amax()):.3g}]")
+    return (images.float() * 255).round().clamp(0, 255).to(torch.uint8)

@@ -8,14 +8,18 @@ import traceback
 import warnings
 from collections.abc import Callable
 
+import torch
 
-def run_ranks(work: Callable[[], None], count: int = 2, timeout: float = 60) -> None:
-    """Run ``work`` in ``count`` forked processes, as torchrun would; raise if one of them fails.
+
+def run_ranks(
+    work: Callable[[], None], count: int = 2, timeout: float = 60, launched: Callable[..., dict[str, str]] | None = None
+) -> None:
+    """Run ``work`` in ``count`` forked processes, told what a launcher tells its own; raise if one of them fails.
 
     For the CPU only: a process that has used CUDA cannot be forked. What the ranks print is captured by pytest.
     """
     port = free_port()
-    ranks = {fork(work, rank, count, port): rank for rank in range(count)}
+    ranks = {fork(work, (launched or one_node)(rank, count, port)): rank for rank in range(count)}
     deadline, failed = time.monotonic() + timeout, None
     while ranks and failed is None and time.monotonic() < deadline:
         process, status = os.waitpid(-1, os.WNOHANG)
@@ -32,7 +36,7 @@ def run_ranks(work: Callable[[], None], count: int = 2, timeout: float = 60) -> 
         raise TimeoutError(f"ranks {sorted(ranks.values())} of {count} did not finish within {timeout} s")
 
 
-def fork(work: Callable[[], None], rank: int, count: int, port: int) -> int:
+def fork(work: Callable[[], None], told: dict[str, str]) -> int:
     """Start one rank; return its process id."""
     with warnings.catch_warnings():  # of forking beside threads: the ranks use none of theirs
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -41,7 +45,8 @@ def fork(work: Callable[[], None], rank: int, count: int, port: int) -> int:
         return process
     status = 1
     try:
-        os.environ |= environment(rank, count, port)
+        os.environ |= told
+        torch.set_num_threads(1)  # alone: torch renews its thread pool after a fork, and two threads at once break it
         work()
         status = 0
     except BaseException:
@@ -50,11 +55,33 @@ def fork(work: Callable[[], None], rank: int, count: int, port: int) -> int:
         os._exit(status)  # none of pytest's own endings
 
 
-def environment(rank: int, count: int, port: int) -> dict[str, str]:
-    """What torchrun tells its processes."""
+def one_node(rank: int, count: int, port: int) -> dict[str, str]:
+    """What torchrun tells its processes on one node."""
     place = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
-    return {name: str(value) for name, value in (place | meeting).items()}
+    return texts(place | meeting(port) | {"TORCHELASTIC_RUN_ID": "test"})
+
+
+def torchrun_node(rank: int, count: int, port: int) -> dict[str, str]:
+    """What torchrun tells the only process of a node."""
+    place = {"RANK": rank, "LOCAL_RANK": 0, "GROUP_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": 1}
+    return texts(place | meeting(port) | {"TORCHELASTIC_RUN_ID": "test"})
+
+
+def slurm_node(rank: int, count: int, port: int) -> dict[str, str]:
+    """What srun tells the only process of a node."""
+    place = {"PROCID": rank, "LOCALID": 0, "NODEID": rank, "NTASKS": count, "NTASKS_PER_NODE": 1, "NNODES": count}
+    job = {"JOB_ID": 12345, "JOB_NAME": "train", "NODELIST": "127.0.0.1"}
+    return texts({f"SLURM_{name}": value for name, value in (place | job).items()} | meeting(port))
+
+
+def meeting(port: int) -> dict[str, object]:
+    """Where the ranks meet."""
+    return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+
+
+def texts(values: dict[str, object]) -> dict[str, str]:
+    """An environment's values are text."""
+    return {name: str(value) for name, value in values.items()}
 
 
 def free_port() -> int:

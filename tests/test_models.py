@@ -1,6 +1,7 @@
 """The laws of the backbone and of its adapters: parity with stock diffusers and peft, strictness, no global state."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -11,16 +12,14 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from tiny import loaded
 
-from flowopd.core import FlowSDE, ShiftedSchedule
-from flowopd.models import LoRASpec, Merge, SD3Backbone
+from flowopd.core import CPS, ODE, FlowSDE, ShiftedSchedule
+from flowopd.models import LoRASpec, SD3Backbone
 from flowopd.models.lora import (
     PREFIX,
     WEIGHTS,
     Adapter,
-    adapter_names,
     adapter_parameters,
     add_adapter,
-    attach,
     read_adapter,
     save_adapter,
     take_adapter,
@@ -143,12 +142,46 @@ def test_drawing_is_the_stock_pipeline(tiny_pipeline, stock, scale, resolution):
 
 
 @pytest.mark.parametrize("scale", [1.0, 4.5])
-def test_a_rollout_without_noise_is_the_stock_pipeline(base, stock, scale):
-    sampler = Sampler(num_steps=4, dynamics=FlowSDE(0.0), guidance_scale=scale)
-    noise = RowNoise(base.latent_shape(), "abc", "abc")
+@pytest.mark.parametrize("dynamics", [FlowSDE(0.0), CPS(0.0), ODE()], ids=["flow", "cps", "ode"])
+def test_a_rollout_without_noise_is_the_stock_pipeline(base, stock, scale, dynamics):
+    sampler = Sampler(num_steps=10, dynamics=dynamics, guidance_scale=scale)
+    rollout, noise = rolled_out(base, sampler)
+    expected = stock_latents(stock, noise.start(), 10, scale)
+    torch.testing.assert_close(rollout.latents[:, -1], expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(base.decode(rollout.latents[:, -1]), stock_images(stock, expected), rtol=0, atol=1e-5)
+
+
+def test_a_rollout_without_t5_is_the_stock_pipeline_without_t5(tiny_pipeline_without_t5):
+    ours, stock = (
+        loaded(tiny_pipeline_without_t5),
+        StableDiffusion3Pipeline.from_pretrained(tiny_pipeline_without_t5, **NO_T5),
+    )
+    rollout, noise = rolled_out(ours, Sampler(num_steps=4, dynamics=FlowSDE(0.0), guidance_scale=4.5))
+    torch.testing.assert_close(rollout.latents[:, -1], stock_latents(stock, noise.start(), 4, 4.5), rtol=0, atol=1e-5)
+
+
+def rolled_out(backbone: SD3Backbone, sampler: Sampler):
+    noise = RowNoise(backbone.latent_shape(), "abc", "abc")
     prompts = [Prompt(text, "task") for text in TEXTS]
-    rollout = sampler.rollout(field(base, sampler), prompts, base.encode(TEXTS), noise)
-    torch.testing.assert_close(rollout.latents[:, -1], stock_latents(stock, noise.start(), 4, scale), rtol=0, atol=1e-5)
+    return sampler.rollout(field(backbone, sampler), prompts, backbone.encode(TEXTS), noise), noise
+
+
+@pytest.mark.parametrize("a", [0.3, 0.7, 1.0])
+def test_a_noisy_step_and_its_log_probability_are_the_formulas_in_float64(base, a):
+    """Flow-GRPO's, on the grid of SD3.5, at every step, with guidance."""
+    sampler = Sampler(num_steps=10, dynamics=FlowSDE(a), guidance_scale=4.5)
+    rollout, noise = rolled_out(base, sampler)
+    sigmas, x, v = rollout.sigmas.double(), rollout.latents.double(), rollout.velocities.double()
+    for j in range(9):
+        sigma, dt = sigmas[j], sigmas[j + 1] - sigmas[j]
+        g = a * torch.sqrt(sigma / (1 - (sigma if j else sigmas[1])))  # at σ = 1 the next grid point stands in
+        mean = x[:, j] * (1 + g**2 * dt / (2 * sigma)) + v[:, j] * (1 + g**2 * (1 - sigma) / (2 * sigma)) * dt
+        std = g * torch.sqrt(-dt)
+        torch.testing.assert_close(x[:, j + 1], mean + std * noise.step(j).double(), rtol=0, atol=1e-5)
+        z = (x[:, j + 1] - mean) / std
+        log_prob = (-(z**2) / 2 - torch.log(std) - 0.5 * math.log(2 * math.pi)).mean((1, 2, 3))
+        torch.testing.assert_close(rollout.log_probs[:, j].double(), log_prob, rtol=0, atol=1e-4)
+    torch.testing.assert_close(x[:, 10], x[:, 9] + (sigmas[10] - sigmas[9]) * v[:, 9], rtol=0, atol=1e-6)
 
 
 def field(backbone: SD3Backbone, sampler: Sampler):
@@ -176,8 +209,11 @@ def test_a_resolution_that_does_not_fill_patches_is_refused(tiny_pipeline):
 def test_a_folder_that_is_no_pipeline_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no model_index.json; expected a StableDiffusion3Pipeline folder"):
         loaded(str(tmp_path))
-    with pytest.raises(FileNotFoundError, match=r"no pipeline folder or reachable model of the hub at '.*nowhere'"):
+    with pytest.raises(FileNotFoundError, match=r"model folder '.*nowhere' does not exist"):
         loaded(str(tmp_path / "nowhere"))
+    tiny.vae().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"model '.*' is a AutoencoderKL; expected a SD3Transformer2DModel"):
+        loaded(str(tmp_path))
 
 
 # -------------------------------------------------------------------------------------------- which adapter a call uses
@@ -192,6 +228,30 @@ def test_the_default_adapter_reaches_the_published_modules(fresh):
     """Eight projections per block, seven in the last: 191 in the 24 blocks of SD3.5 Medium."""
     add_adapter(fresh.network, "student", LoRASpec())
     assert len(take_adapter(fresh.network, "student").modules()) == 8 * 2 - 1
+
+
+def test_an_adapter_of_sd35_medium_has_the_published_size():
+    """191 modules, 18.78 M of 2.243 B parameters; float32, so that a further teacher costs less than 80 MB."""
+    with torch.device("meta"):
+        network = tiny.transformer(
+            sample_size=128,
+            pos_embed_max_size=384,
+            in_channels=16,
+            out_channels=16,
+            num_layers=24,
+            num_attention_heads=24,
+            attention_head_dim=64,
+            joint_attention_dim=4096,
+            caption_projection_dim=1536,
+            pooled_projection_dim=2048,
+            dual_attention_layers=tuple(range(13)),
+        )
+    assert sum(parameter.numel() for parameter in network.parameters()) == pytest.approx(2.243e9, rel=1e-3)
+    add_adapter(network, "student", LoRASpec())
+    factors = adapter_parameters(network, "student")
+    assert len(factors) == 2 * 191
+    assert sum(factor.numel() for factor in factors) == pytest.approx(18.78e6, rel=1e-3)
+    assert sum(factor.nbytes for factor in factors) < 80e6
 
 
 def test_a_call_without_adapter_is_the_base_whatever_is_loaded(fresh, base, state):
@@ -257,11 +317,10 @@ def test_checkpointed_activations_give_the_same_gradients_beside_a_teacher(tiny_
     teacher, gradients = LoRATeacher(tiny.expert(tmp_path, tiny_pipeline, targets=targets), guidance_scale=2.0), []
     for checkpointing in (False, True):
         torch.manual_seed(0)
-        ours = loaded(tiny_pipeline)
+        ours = loaded(tiny_pipeline, activation_checkpointing=checkpointing)
+        assert ours.network.is_gradient_checkpointing is checkpointing
         random_student(ours.network)
         teacher.attach(ours)
-        if checkpointing:
-            ours.network.enable_gradient_checkpointing()
         velocity = ours.velocity(*state, adapter="student", guidance_scale=3.0)
         (velocity - teacher.velocity(*state)).square().mean().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in adapter_parameters(ours.network, "student")]))
@@ -388,80 +447,3 @@ def test_a_fingerprint_knows_every_tensor_and_the_scale(tiny_pipeline, tmp_path)
     prints = [read_adapter(tiny.expert(tmp_path / str(i), tiny_pipeline, **kind)) for i, kind in enumerate(kinds)]
     assert len({adapter.fingerprint() for adapter in prints}) == 3
     assert read_adapter(tiny.expert(tmp_path / "again", tiny_pipeline)).fingerprint() == prints[0].fingerprint()
-
-
-# --------------------------------------------------------------------------------------------------------------- merges
-
-
-KINDS = [
-    {"seed": 1, "rank": 4, "alpha": 8},
-    {"seed": 2, "rank": 2, "alpha": 2, "targets": FEED_FORWARD},
-    {"seed": 3, "rank": 3, "alpha": 12, "targets": r".*\.attn2?\.to_[qv]"},
-]
-
-
-def change(adapter: Adapter, module: str):
-    """ΔW of a module."""
-    if module not in adapter.modules():
-        return 0
-    a, b = adapter.factors(module)
-    return adapter.scale() * b @ a
-
-
-@pytest.mark.parametrize("weights", [None, [0.5, 0.7, -0.2]])
-def test_an_exact_merge_is_the_mean_of_the_changes(tiny_pipeline, tmp_path, weights):
-    folders = [tiny.expert(tmp_path / str(i), tiny_pipeline, **kind) for i, kind in enumerate(KINDS)]
-    merged, parts = Merge(folders, weights=weights).adapter(), [read_adapter(folder) for folder in folders]
-    assert set(merged.modules()) == {module for part in parts for module in part.modules()}
-    for module in merged.modules():
-        mean = sum(w * change(part, module) for part, w in zip(parts, weights or [1 / 3] * 3, strict=True))
-        torch.testing.assert_close(change(merged, module), mean, rtol=0, atol=1e-6)
-
-
-def test_an_exact_merge_fits_every_loader(fresh, state, tiny_pipeline, tmp_path):
-    folders = [tiny.expert(tmp_path / str(i), tiny_pipeline, **kind) for i, kind in enumerate(KINDS)]
-    merged = Merge(folders).adapter()
-    attach(fresh.network, "student", merged, trainable=True)
-    save_adapter(take_adapter(fresh.network, "student"), tmp_path / "merged")
-    theirs = PeftModel.from_pretrained(tiny.stock_transformer(tiny_pipeline), str(tmp_path / "merged")).eval()
-    ours = fresh.velocity(*state, adapter="student").detach()
-    torch.testing.assert_close(stock_velocity(theirs, state), ours, rtol=0, atol=1e-6)
-
-
-def test_a_merge_of_one_adapter_is_that_adapter(fresh, state, tiny_pipeline, tmp_path):
-    folder = tiny.expert(tmp_path, tiny_pipeline)
-    attach(fresh.network, "merged", Merge([folder, folder]).adapter())
-    attach(fresh.network, "one", read_adapter(folder))
-    merged, one = (fresh.velocity(*state, adapter=name) for name in ("merged", "one"))
-    torch.testing.assert_close(merged, one, rtol=0, atol=1e-6)
-    assert adapter_names(fresh.network) == {"merged", "one"}
-
-
-def test_averaged_factors_are_the_released_merge(tiny_pipeline, tmp_path):
-    """mean(B)·mean(A) is not mean(B·A): about a half of two independent changes is lost."""
-    folders = [tiny.expert(tmp_path / str(seed), tiny_pipeline, seed=seed) for seed in (1, 2)]
-    released, exact = Merge(folders, "factors").adapter(), Merge(folders).adapter()
-    first, second = (read_adapter(folder).tensors for folder in folders)
-    for key, value in released.tensors.items():
-        torch.testing.assert_close(value, (first[key] + second[key]) / 2)
-    kept = [(change(released, m) * change(exact, m)).sum() / change(exact, m).square().sum() for m in exact.modules()]
-    assert torch.stack(kept).mean().item() == pytest.approx(0.5, abs=0.1)
-
-
-def test_factors_of_different_shape_cannot_be_averaged(tiny_pipeline, tmp_path):
-    folders = [tiny.expert(tmp_path / str(i), tiny_pipeline, **kind) for i, kind in enumerate(KINDS)]
-    with pytest.raises(ValueError, match="one rank, scale and target; use method: exact"):
-        Merge(folders, "factors").adapter()
-
-
-@pytest.mark.parametrize("kind", [{"use_rslora": True}, {"rank_pattern": {"to_q": 2}}, {"use_dora": True}])
-def test_a_merge_refuses_what_is_more_than_a_lora(tiny_pipeline, tmp_path, kind):
-    with pytest.raises(ValueError, match=f"has {next(iter(kind))}; a merge knows only"):
-        Merge([tiny.expert(tmp_path, tiny_pipeline, **kind)]).adapter()
-
-
-def test_a_merge_refuses_weights_that_do_not_pair():
-    with pytest.raises(ValueError, match="2 adapters were given 1 weights; expected one each"):
-        Merge(["a", "b"], weights=[1.0])
-    with pytest.raises(ValueError, match="at least one adapter folder"):
-        Merge([])

@@ -1,5 +1,6 @@
 """The notebooks run from top to bottom, are stored without outputs, and say of the command line what is true."""
 
+import json
 import os
 import re
 import subprocess
@@ -9,6 +10,8 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbclient import NotebookClient
+
+from flowopd.rewards.serve import build, parser
 
 HOME = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(path.name for path in HOME.glob("*.ipynb"))
@@ -47,6 +50,19 @@ def test_the_yaml_of_the_second_notebook_trains(tmp_path, one_thread):
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs" / "left" / "adapter" / "adapter_model.safetensors").is_file()
     assert "watch/ink" in (tmp_path / "runs" / "left" / "metrics.csv").read_text()
+
+
+def test_the_reward_of_the_third_notebook_is_short_and_can_be_served(tmp_path, monkeypatch):
+    notebook = read("03_your_reward.ipynb")
+    (cell,) = tagged(notebook, "reward")
+    source = re.search(r"'''\\\n(.*?)'''", cell.source, re.DOTALL).group(1)
+    assert len(source.splitlines()) <= 30
+    (tmp_path / "my_reward.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    words = re.search(r"python -m flowopd serve (.*)", text).group(1).split()
+    options = parser().parse_args(words)
+    assert (type(build(json.dumps(options.reward.as_dict()))).__name__, options.port) == ("Framed", 8080)
 
 
 def read(name):

@@ -1,5 +1,6 @@
 """A random Stable Diffusion 3 of 0.1 M parameters, adapters, prompts, rewards and trainers: all offline."""
 
+import shutil
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -45,23 +46,24 @@ def pipeline(seed: int = 0, t5: bool = True) -> StableDiffusion3Pipeline:
         )
 
 
-def transformer() -> SD3Transformer2DModel:
+def transformer(**options) -> SD3Transformer2DModel:
     """Two joint blocks, the first with a second attention as in SD3.5 Medium."""
-    return SD3Transformer2DModel(
-        sample_size=8,
-        pos_embed_max_size=8,
-        patch_size=2,
-        in_channels=4,
-        out_channels=4,
-        num_layers=2,
-        num_attention_heads=2,
-        attention_head_dim=8,
-        joint_attention_dim=32,  # T5's width, and that of both CLIPs together
-        caption_projection_dim=16,
-        pooled_projection_dim=32,
-        qk_norm="rms_norm",
-        dual_attention_layers=(0,),
-    )
+    shape = {
+        "sample_size": 8,
+        "pos_embed_max_size": 8,
+        "patch_size": 2,
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_layers": 2,
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "joint_attention_dim": 32,  # T5's width, and that of both CLIPs together
+        "caption_projection_dim": 16,
+        "pooled_projection_dim": 32,
+        "qk_norm": "rms_norm",
+        "dual_attention_layers": (0,),
+    }
+    return SD3Transformer2DModel(**(shape | options))
 
 
 def vae() -> AutoencoderKL:
@@ -113,6 +115,14 @@ def t5_tokenizer() -> T5TokenizerFast:
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
     pieces += [(letter, -3.0) for letter in "abcdefghijklmnopqrstuvwxyz0123456789"]
     return T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=TOKENS)
+
+
+def publish(folder: str | Path, cache: Path, name: str, revision: str = "main", commit: str = "a" * 40) -> Path:
+    """Put a folder into a hub's cache, as if ``name`` had been downloaded at a branch, tag or commit."""
+    model = cache / f"models--{name.replace('/', '--')}"
+    (model / "refs").mkdir(parents=True, exist_ok=True)
+    (model / "refs" / revision).write_text(commit)
+    return Path(shutil.copytree(folder, model / "snapshots" / commit, dirs_exist_ok=True))
 
 
 def stock_transformer(folder: str) -> SD3Transformer2DModel:

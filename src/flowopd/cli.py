@@ -7,7 +7,13 @@ import sys
 from importlib import import_module
 
 # Verbs that are not Lightning's: each function reads sys.argv itself.
-VERBS: dict[str, str] = {}
+VERBS: dict[str, str] = {
+    "plan": "flowopd.lightning_cli:plan",
+    "check": "flowopd.lightning_cli:check",
+    "data": "flowopd.prompts.data:main",
+    "convert": "flowopd.rewards.geneval.convert:main",
+    "serve": "flowopd.rewards.serve:main",
+}
 
 HELP = """usage: flowopd {fit,validate,test,predict} --config FILE [--config FILE ...] [--OPTION VALUE ...]
 
@@ -17,6 +23,11 @@ Post-train a flow-matching text-to-image model on many tasks at once, by multi-t
   validate   score a policy on held-out prompts
   test       score a policy beside the base and its teachers: results.md, results.csv and an image grid
   predict    draw held-out prompts to PNG files
+  plan       say what a fit would take: memory, forwards and TFLOP per update; reads and downloads no weights
+  check      check a fit before its long run: a verdict per line
+  data       write a prompt set as JSON lines: geneval, ocr, ocr_paper, pickapic, drawbench, compbench
+  convert    turn mmdet's checkpoint of GenEval's detector into a folder that GenEval reads
+  serve      answer for a reward over HTTP: flowopd serve --reward flowopd.tiles.Crispness --port 8080
 
   flowopd fit --config configs/tiles/opd.yaml                           the main job, on the built-in world
   flowopd fit --config RUN/config.yaml --ckpt_path RUN/checkpoints/last.ckpt    go on with a run

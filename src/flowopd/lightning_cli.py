@@ -11,11 +11,13 @@ import sys
 import traceback
 import warnings
 import zipfile
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import jsonargparse
+import torch
 from jsonargparse.typing import PositiveInt
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -27,8 +29,16 @@ from omegaconf.errors import OmegaConfBaseException
 
 import flowopd
 from flowopd.tiles import asset
-from flowopd.training import AdapterExport, PictureFolder, Progress
+from flowopd.training import AdapterExport, FlowPolicy, PictureFolder, Progress, RolloutDataModule
+from flowopd.training.check import SelfCheck
+from flowopd.training.check import check as check_run
+from flowopd.training.counting import idle_trainer
+from flowopd.training.guards import Guard
+from flowopd.training.lifecycle import OrderlyEnd, SharedFolder, check_launch, is_first, plugins
+from flowopd.training.plan import Hardware, measured, show_plan
+from flowopd.training.plan import plan as make_plan
 from flowopd.training.signals import signals_among
+from flowopd.training.strategies import check_name
 
 PACKAGE = str(Path(flowopd.__file__).parent)
 
@@ -39,6 +49,8 @@ class BadInput(Exception):
 
 class FlowCLI(LightningCLI):
     """``flowopd fit | validate | test | predict``: any module and data module by ``class_path``."""
+
+    refusal = "flowopd: error"
 
     def __init__(self) -> None:
         options = {"parser_mode": "omegaconf+", "allow_abbrev": False, "exit_on_error": False}
@@ -59,6 +71,12 @@ class FlowCLI(LightningCLI):
         parser.add_argument(
             "--checkpoint_every", type=PositiveInt, default=10, help="iterations between two checkpoints of a fit"
         )
+        parser.add_argument(
+            "--updates_per_iteration",
+            type=PositiveInt | None,
+            default=None,
+            help="optimiser steps per iteration, whatever batches and ranks: sets trainer.accumulate_grad_batches",
+        )
 
     def before_instantiate_classes(self) -> None:
         """Pictures go to files, not to memory."""
@@ -78,34 +96,98 @@ class FlowCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Give the run its folder, its loggers and the callbacks that every run has."""
         signals_among(self._get(self.config_init, "trainer.callbacks", default=None) or [])
-        if self._chosen("trainer.strategy") in ("fsdp", "fsdp_cpu_offload"):
-            raise ValueError(
-                "strategy 'fsdp' is not supported: it flattens trained and frozen weights together; use ddp"
-            )
+        check_name(self._chosen("trainer.strategy"))
         folder = self._run_folder()
-        print(f"run folder: {folder}", flush=True)
+        if is_first():
+            print(f"run folder: {folder}", flush=True)
         self.trainer_defaults["callbacks"] = _standard_callbacks(
             folder, str(self.subcommand), self._chosen("checkpoint_every")
         )
+        self.trainer_defaults["callbacks"] += self._guards()
         kwargs = {"default_root_dir": str(folder), "enable_progress_bar": self.subcommand != "fit"} | kwargs
+        kwargs["plugins"] = [*_listed(self._get(self.config_init, "trainer.plugins", default=None)), *plugins()]
         kwargs.setdefault("logger", _loggers(folder) if self._chosen("trainer.logger") is None else None)
-        return super().instantiate_trainer(**{key: value for key, value in kwargs.items() if value is not None})
+        trainer = super().instantiate_trainer(**{key: value for key, value in kwargs.items() if value is not None})
+        if "devices" not in kwargs:  # a check runs alone, wherever it is started
+            check_launch(trainer)
+        trainer.accumulate_grad_batches = (
+            self._accumulate(trainer.num_devices * trainer.num_nodes) or trainer.accumulate_grad_batches
+        )
+        return trainer
+
+    def _accumulate(self, ranks: int) -> int | None:
+        """Micro-batches per optimiser step that make the updates per iteration that were asked for."""
+        updates, data = self._chosen("updates_per_iteration"), self.datamodule
+        if updates is None or not isinstance(data, RolloutDataModule):
+            return None
+        if self._chosen("trainer.accumulate_grad_batches") != 1:
+            raise ValueError("updates_per_iteration sets trainer.accumulate_grad_batches; give one of the two")
+        chunks = data.prompts_per_iteration // ranks * data.group_size // data.batch_size
+        batches = max(chunks, 1) * _recipe(self.model).batches_per_rollout()
+        if batches % updates:
+            raise ValueError(f"{batches} batches per iteration and rank do not divide into {updates} updates")
+        return int(batches // updates)
+
+    def _guards(self) -> list[Callback]:
+        """What looks after a fit, unless the config brings its own."""
+        own = _listed(self._get(self.config_init, "trainer.callbacks", default=None))
+        guards = [SelfCheck(), Guard()] if self.subcommand == "fit" else []
+        return [guard for guard in guards if not any(isinstance(callback, type(guard)) for callback in own)]
 
     def _chosen(self, key: str) -> Any:  # noqa: ANN401
         return self._get(self.config, key, default=None)
 
     def _run_folder(self) -> Path:
-        """The folder of the checkpoint when a fit goes on, else a fresh one: nothing is written over."""
+        """The folder of the checkpoint when a fit goes on, else a fresh one: nothing is written over.
+
+        What rank zero finds is what counts; it tells the others as soon as they have met.
+        """
         checkpoint = self._chosen("ckpt_path")
         wanted = Path(self._chosen("trainer.default_root_dir") or "runs/run")
-        if "FLOWOPD_RUN_FOLDER" in os.environ:  # a launched rank follows rank 0
-            return Path(os.environ["FLOWOPD_RUN_FOLDER"])
         if checkpoint and self.subcommand == "fit":
-            folder = _folder_of(Path(checkpoint))
-        else:
-            folder = next(path for path in _numbered(wanted) if not path.exists())
-        os.environ["FLOWOPD_RUN_FOLDER"] = str(folder)
-        return folder
+            return _folder_of(Path(checkpoint))
+        fresh: Path = next(path for path in _numbered(wanted) if not path.exists())
+        return fresh
+
+
+class PlanCLI(FlowCLI):
+    """``flowopd plan``: builds what a fit would run, on no device, and says what it will take."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """A trainer for the callbacks alone: the devices that are asked for need not be here."""
+        return idle_trainer(_listed(self._get(self.config_init, "trainer.callbacks", default=None)))
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        policy, data, hardware = _recipe(self.model), self.datamodule, Hardware.asked(self._chosen("trainer").as_dict())
+        hardware = replace(hardware, accumulate=self._accumulate(hardware.ranks) or hardware.accumulate)
+        planned = make_plan(policy, data, self.trainer.callbacks, hardware)  # type: ignore[attr-defined]
+        speed = measured(policy, data, hardware.autocast, "cuda") if torch.cuda.is_available() else None
+        show_plan(planned, hardware, speed)
+
+
+class CheckCLI(FlowCLI):
+    """``flowopd check``: builds what a fit would run, on one device, and prints a verdict per line."""
+
+    refusal = "FAIL    configuration builds"
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """One process, and no log."""
+        return super().instantiate_trainer(devices=1, num_nodes=1, strategy="auto", logger=False, **kwargs)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        print("ok      configuration builds: every class and every option is there", flush=True)
+        ranks, failed = Hardware.asked(self._chosen("trainer").as_dict()).ranks, False
+        for verdict in check_run(_recipe(self.model), self.datamodule, self.trainer, ranks):
+            print(verdict, flush=True)
+            failed = failed or verdict.state == "FAIL"
+        if failed:
+            raise SystemExit(1)
+
+
+def _recipe(model: LightningModule) -> FlowPolicy:
+    if not isinstance(model, FlowPolicy):
+        raise BadInput(f"model is a {type(model).__name__}; expected a FlowPolicy, such as flowopd.OPDStudent")
+    return model
 
 
 class Checkpoints(ModelCheckpoint):
@@ -138,27 +220,39 @@ class Farewell(Callback):
             print("interrupted before the first checkpoint; start again with the same command")
 
 
-def run() -> None:
+def plan() -> None:
+    """Say what a fit with the same words would take."""
+    sys.argv[1] = "fit"
+    run(PlanCLI)
+
+
+def check() -> None:
+    """Check a fit with the same words; exit code 1 if something is wrong."""
+    sys.argv[1] = "fit"
+    run(CheckCLI)
+
+
+def run(cli: type[FlowCLI] = FlowCLI) -> None:
     """Parse, build and run. Bad input is one sentence and exit code 2."""
     jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     OmegaConf.register_resolver("tiles", lambda name: str(asset(name)), replace=True)
     _quieten()
     try:
-        FlowCLI()
+        cli()
     except (jsonargparse.ArgumentError, OmegaConfBaseException, BadInput) as error:
-        _refuse(error)
+        _refuse(error, cli.refusal)
     except (ValueError, OSError, KeyError) as error:
         if (meant := _meant(error)) is None:
             raise
-        _refuse(meant)
+        _refuse(meant, cli.refusal)
     except KeyboardInterrupt:
         raise SystemExit("interrupted") from None
 
 
-def _refuse(error: BaseException) -> None:
+def _refuse(error: BaseException, prefix: str) -> None:
     if os.environ.get("FLOWOPD_DEBUG"):
         traceback.print_exc()
-    print(f"flowopd: error: {_sentence(error)}", file=sys.stderr)
+    print(f"{prefix}: {_sentence(error)}", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -196,7 +290,7 @@ def _explained(fault: str, owner: str) -> str:
         return f"{found[1]} has no {found[2]!r}{_perhaps(found[2], getattr(module, '__all__', dir(module)))}"
     if found := re.search(r"(?:unrecognized arguments:|does not accept option) '?(?:--)?([\w.]+).*", fault):
         options = [f"trainer.{name}" for name in inspect.signature(Trainer).parameters]
-        options += ["model", "data", "ckpt_path", "checkpoint_every", "seed_everything"]
+        options += ["model", "data", "ckpt_path", "checkpoint_every", "updates_per_iteration", "seed_everything"]
         return f"there is no option {found[1]!r}{_perhaps(found[1], options)}; see flowopd {sys.argv[1]} --help"
     return fault
 
@@ -225,7 +319,7 @@ def _is_no_tip(record: logging.LogRecord) -> bool:
 
 def _standard_callbacks(folder: Path, subcommand: str, checkpoint_every: int) -> list[Callback]:
     if subcommand != "fit":
-        return [PictureFolder()] if subcommand == "predict" else []
+        return [SharedFolder(), *([PictureFolder()] if subcommand == "predict" else [])]
     checkpoint = Checkpoints(
         dirpath=folder / "checkpoints",
         filename="iteration={epoch}",
@@ -235,12 +329,18 @@ def _standard_callbacks(folder: Path, subcommand: str, checkpoint_every: int) ->
         save_last="link",
         enable_version_counter=False,
     )
-    return [Progress(), checkpoint, AdapterExport(), LearningRateMonitor(logging_interval="epoch"), Farewell()]
+    rate = LearningRateMonitor(logging_interval="epoch")
+    return [SharedFolder(), Progress(), OrderlyEnd(), checkpoint, AdapterExport(), rate, Farewell()]
 
 
 def _loggers(folder: Path) -> list[Any]:
-    _keep(folder / "metrics.csv")
+    if is_first():
+        _keep(folder / "metrics.csv")
     return [CSVLogger(folder, name="", version=""), TensorBoardLogger(folder, name="", version="tensorboard")]
+
+
+def _listed(value: Any) -> list[Any]:  # noqa: ANN401
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def _keep(file: Path) -> None:

@@ -37,6 +37,7 @@ class Labels:
         anchor: (B, C, H, W) velocity of the anchor (MAR) or of the reference policy.
         state_kl: (B,) KL to the teacher at this state under the sampling policy, nats per latent dimension.
         kl_to_go: (B,) sum of the KLs of all later steps.
+        weight: (B,) share of a row in the loss, 1 on average.
     """
 
     x_next: Tensor | None = None
@@ -46,6 +47,7 @@ class Labels:
     anchor: Tensor | None = None
     state_kl: Tensor | None = None
     kl_to_go: Tensor | None = None
+    weight: Tensor | None = None
 
     def known(self) -> dict[str, Tensor]:
         """The labels that are known."""
@@ -95,6 +97,8 @@ class TransitionKL:
 class FlowMatching:
     """Rectified-flow regression,  L = mean ‖v_θ - (noise - clean)‖², mean over B, C, H, W.
 
+    Rows with a ``labels.weight`` count by it.
+
     References:
         Flow Matching for Generative Modeling (Lipman et al., 2023).
     """
@@ -103,7 +107,8 @@ class FlowMatching:
 
     def loss(self, student: Transition, labels: Labels) -> tuple[Tensor, Metrics]:
         """Return the mean squared distance to ``labels.target`` = noise - clean."""
-        loss = squared_error(student, known(labels.target, "target")).mean()
+        error = squared_error(student, known(labels.target, "target"))
+        loss = error.mean() if labels.weight is None else (labels.weight.detach() * error).mean()
         return loss, {"flow_matching/loss": loss.detach()}
 
 

@@ -1,7 +1,8 @@
 """Scores, tables and pictures of finished models."""
 
+from flowopd.evaluation.metrics import GroupedMean
 from flowopd.evaluation.pictures import contact_sheet, save_png
-from flowopd.evaluation.scoreboard import Scoreboard
+from flowopd.evaluation.scoreboard import Column, Scoreboard
 from flowopd.evaluation.tables import markdown_table, write_results
 
-__all__ = ["Scoreboard", "contact_sheet", "markdown_table", "save_png", "write_results"]
+__all__ = ["Column", "GroupedMean", "Scoreboard", "contact_sheet", "markdown_table", "save_png", "write_results"]

@@ -1,13 +1,34 @@
 """Means of scores, exact over ranks."""
 
+from __future__ import annotations
+
+import logging
 from collections.abc import Mapping, Sequence
-from typing import cast
+from dataclasses import dataclass
 
-from torch import Tensor, nn
-from torchmetrics.aggregation import MeanMetric
+import torch
+from torch import Tensor, distributed
+
+from flowopd.evaluation.metrics import Tally
+
+logger = logging.getLogger(__name__)
+TOLERATED = 0.01  # share of failed scores beyond which a mean is not to be trusted
 
 
-class Scoreboard(nn.Module):
+@dataclass(frozen=True)
+class Column:
+    """Scores of B images.
+
+    Args:
+        values: (B,), NaN where scoring failed.
+        asked: (B,) bool, rows that were to be scored.
+    """
+
+    values: Tensor
+    asked: Tensor
+
+
+class Scoreboard(Tally):
     """The mean of each column over all images and ranks, and the average of some columns.
 
     Args:
@@ -16,29 +37,31 @@ class Scoreboard(nn.Module):
     """
 
     def __init__(self, columns: Sequence[str], averaged: Sequence[str]) -> None:
-        super().__init__()
+        super().__init__(len(columns))
         self.columns = list(columns)
         self.averaged = list(averaged)
-        self._means = nn.ModuleList(MeanMetric(nan_strategy="ignore") for _ in self.columns)
 
-    def means(self) -> list[MeanMetric]:
-        """One running mean per column."""
-        return [cast(MeanMetric, mean) for mean in self._means]
-
-    def update(self, scores: Mapping[str, Tensor], counted: Tensor) -> None:
+    def update(self, scores: Mapping[str, Tensor | Column], counted: Tensor) -> None:
         """Add scores (B,) by column; NaN and rows that only pad the batch are left out."""
-        for name, mean in zip(self.columns, self.means(), strict=True):
-            rows = counted & ~scores[name].isnan()
-            mean.update(scores[name].nan_to_num(), rows.float())
+        for number, name in enumerate(self.columns):
+            score = scores[name]
+            column = score if isinstance(score, Column) else Column(score, torch.ones_like(counted))
+            group = torch.full(counted.shape, number, device=counted.device)
+            self.add(column.values, group, counted & column.asked)
 
     def compute(self) -> dict[str, float]:
-        """Means by column, and ``average``."""
-        means = {name: float(mean.compute()) for name, mean in zip(self.columns, self.means(), strict=True)}
+        """Means by column, NaN for one without a score, and ``average``; too many failures are told in the log."""
+        self._tell_failures()
+        means = dict(zip(self.columns, (self.total / self.count).tolist(), strict=True))
         if not self.averaged:
             return means
         return means | {"average": sum(means[name] for name in self.averaged) / len(self.averaged)}
 
-    def reset(self) -> None:
-        """Forget every score."""
-        for mean in self.means():
-            mean.reset()
+    def _tell_failures(self) -> None:
+        if distributed.is_initialized() and distributed.get_rank():
+            return
+        for name, failed, count in zip(self.columns, self.failed.tolist(), self.count.tolist(), strict=True):
+            if failed > TOLERATED * (failed + count):
+                logger.warning(
+                    "%d of %d scores of %r failed; its mean is over the others", failed, failed + count, name
+                )

@@ -30,11 +30,11 @@ def markdown_table(table: Table) -> str:
     return "\n".join([_line(header), "|---" * len(header) + "|", *map(_line, cells(table))])
 
 
-def write_results(table: Table, folder: Path) -> None:
-    """Write ``results.csv`` and ``results.md``."""
+def write_results(table: Table, folder: Path, name: str = "results") -> None:
+    """Write ``results.csv`` and ``results.md``, or files of another name."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.md").write_text(markdown_table(table) + "\n", encoding="utf-8")
-    with (folder / "results.csv").open("w", newline="", encoding="utf-8") as file:
+    (folder / f"{name}.md").write_text(markdown_table(table) + "\n", encoding="utf-8")
+    with (folder / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([["model", *columns(table)], *cells(table)])
 
 

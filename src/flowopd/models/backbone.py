@@ -29,6 +29,9 @@ class Backbone(ABC):
     def encode(self, texts: Sequence[str]) -> Conditioning:
         """Encode texts, one row each, without gradient."""
 
+    def prepare(self, texts: Sequence[str]) -> None:  # noqa: B027 - a backbone need not prepare
+        """Get ready to encode texts that will be needed soon."""
+
     @abstractmethod
     def velocity(
         self, x: Tensor, sigma: Tensor, cond: Conditioning, adapter: str | None = None, guidance_scale: float = 1.0

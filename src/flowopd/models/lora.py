@@ -7,6 +7,8 @@ Names, shapes and values on disk are peft's: ``adapter_config.json`` beside ``ad
 from __future__ import annotations
 
 import hashlib
+import os
+import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,16 +16,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-from huggingface_hub import snapshot_download
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from flowopd.models.hub import local_folder, refuse_corrupt
+from flowopd.models.shards import whole
+
 PREFIX = "base_model.model."
 WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
 ATTENTION = (
     "attn.to_q",
     "attn.to_k",
@@ -90,6 +94,29 @@ class Adapter:
         return digest.hexdigest()[:16]
 
 
+@dataclass(frozen=True)
+class AdapterSource:
+    """Where an adapter in peft layout is.
+
+    Args:
+        path: a folder, or a model id of the hub.
+        subfolder: folder inside it.
+        revision: branch, tag or commit on the hub.
+    """
+
+    path: str
+    subfolder: str | None = None
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        inside = f"/{self.subfolder}" if self.subfolder else ""
+        return f"{self.path}{inside}" + (f"@{self.revision}" if self.revision else "")
+
+    def read(self) -> Adapter:
+        """Read it, as ``read_adapter``."""
+        return read_adapter(self.path, self.subfolder, self.revision)
+
+
 def read_adapter(path: str, subfolder: str | None = None, revision: str | None = None) -> Adapter:
     """Read an adapter in peft layout from a folder or from the hub.
 
@@ -97,39 +124,67 @@ def read_adapter(path: str, subfolder: str | None = None, revision: str | None =
         FileNotFoundError: if there is no such folder or model, or a file is missing in it.
         ValueError: if the tensors cannot be read.
     """
-    folder = _local_folder(path, subfolder, revision)
-    for name in ("adapter_config.json", WEIGHTS):
+    inside = f"{subfolder.strip('/')}/" if subfolder else ""
+    folder = local_folder("adapter", path, revision, [inside + CONFIG, inside + WEIGHTS]) / inside
+    for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"adapter folder {folder} has no {name}; expected a LoRA saved in peft layout")
-    try:
-        tensors = load_file(folder / WEIGHTS)
-    except SafetensorError as error:
-        raise ValueError(f"{folder / WEIGHTS} is not a readable safetensors file ({error})") from error
-    return Adapter(LoraConfig.from_pretrained(str(folder)), {k.removeprefix(PREFIX): v for k, v in tensors.items()})
-
-
-def _local_folder(path: str, subfolder: str | None, revision: str | None) -> Path:
-    root = Path(path)
-    if not root.is_dir():
-        if root.is_absolute() or path.startswith(".") or path.count("/") != 1:
-            raise FileNotFoundError(f"adapter folder {path!r} does not exist")
-        try:
-            root = Path(
-                snapshot_download(path, revision=revision, allow_patterns=f"{subfolder}/*" if subfolder else None)
+            raise FileNotFoundError(
+                f"adapter folder {folder} has no {name}; expected a LoRA saved in peft layout{_elsewhere(folder)}"
             )
-        except Exception as error:  # the hub raises many kinds; all of them mean: not here
-            message = f"adapter {path!r} is neither a folder nor a reachable model of the hub"
-            raise FileNotFoundError(f"{message} ({type(error).__name__})") from error
-    return root / subfolder if subfolder else root
+    refuse_corrupt(folder / WEIGHTS)
+    tensors = load_file(folder / WEIGHTS)
+    return Adapter(_read_config(folder), {k.removeprefix(PREFIX): v for k, v in tensors.items()})
+
+
+def _read_config(folder: Path) -> LoraConfig:
+    try:
+        config = LoraConfig.from_pretrained(str(folder))
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{folder / CONFIG} is not the config of a LoRA ({error})") from error
+    if not isinstance(config, LoraConfig):
+        raise ValueError(f"{folder / CONFIG} is a {type(config).__name__}; expected a LoraConfig")
+    return config
+
+
+def _elsewhere(folder: Path) -> str:
+    """Where below a folder adapters lie, as a hint."""
+    found = sorted(file.parent.relative_to(folder).as_posix() for file in folder.glob(f"*/**/{CONFIG}"))
+    return f"; there is one in subfolder {' or '.join(map(repr, found[:4]))}" if found else ""
 
 
 def save_adapter(adapter: Adapter, folder: Path) -> None:
-    """Write an adapter in peft layout; the old one, if any, stays until the new one is complete."""
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f"{WEIGHTS}.partial"
-    save_file({PREFIX + k: v.detach().cpu().contiguous() for k, v in adapter.tensors.items()}, partial)
-    partial.rename(folder / WEIGHTS)
+    """Write an adapter in peft layout; the old one, if any, stays until the new one is complete.
+
+    Raises:
+        ValueError: if the disk is full, or the folder cannot be written to.
+    """
+    with complete_or_nothing(folder) as partial:
+        write_peft(adapter, partial)
+
+
+def write_peft(adapter: Adapter, folder: Path) -> None:
+    """Write the two files of peft's layout into a folder."""
+    save_file({PREFIX + k: v.detach().cpu().contiguous() for k, v in adapter.tensors.items()}, folder / WEIGHTS)
     adapter.config.save_pretrained(str(folder))
+
+
+@contextmanager
+def complete_or_nothing(folder: Path) -> Iterator[Path]:
+    """A folder to write into, whose files move to ``folder`` when the block ends, and vanish if it fails.
+
+    Raises:
+        ValueError: if the disk is full, or the folder cannot be written to.
+    """
+    partial = folder / f".partial-{os.getpid()}"
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        yield partial
+        for file in sorted(partial.iterdir()):
+            file.replace(folder / file.name)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"cannot write to {folder}: {error}; what was there before is unharmed") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def add_adapter(network: nn.Module, name: str, spec: LoRASpec) -> None:
@@ -184,9 +239,9 @@ def _check_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], 
 
 
 def take_adapter(network: nn.Module, name: str) -> Adapter:
-    """Copy an adapter off the network."""
+    """Copy an adapter off the network; if it is sharded, all ranks must ask for it."""
     config: LoraConfig = network.peft_config[name]  # type: ignore[index, assignment]
-    return Adapter(config, {key: value.detach().clone() for key, value in _tensors(network, name).items()})
+    return Adapter(config, {key: whole(value).detach().clone() for key, value in _tensors(network, name).items()})
 
 
 def adapter_names(network: nn.Module) -> set[str]:
@@ -197,78 +252,6 @@ def adapter_names(network: nn.Module) -> set[str]:
 def adapter_parameters(network: nn.Module, name: str) -> list[nn.Parameter]:
     """The parameters of one adapter, in the network's order."""
     return [p for key, p in network.named_parameters() if f".{name}." in key and "lora_" in key]
-
-
-class Merge:
-    """One adapter out of several: the mean of what they change.
-
-    Args:
-        adapters: adapter folders in peft layout, or models of the hub.
-        method: ``exact`` concatenates the factors, so that ΔW = Σ w_i ΔW_i at rank Σ r_i; ``factors`` averages A and B
-            separately, as the released Flow-OPD code does: ΔW = (Σ w_i B_i)(Σ w_i A_i), which keeps about 1/k of the
-            changes of k independent adapters.
-        weights: w_i; default 1/k each.
-
-    References:
-        Flow-OPD (arXiv 2605.08063), merge cold start, and its released merge script.
-    """
-
-    def __init__(
-        self,
-        adapters: list[str],
-        method: Literal["exact", "factors"] = "exact",
-        weights: list[float] | None = None,
-    ) -> None:
-        if not adapters:
-            raise ValueError("a merge needs at least one adapter folder, got none")
-        if weights is not None and len(weights) != len(adapters):
-            raise ValueError(f"{len(adapters)} adapters were given {len(weights)} weights; expected one each")
-        self.adapters = adapters
-        self.method = method
-        self.weights = weights or [1 / len(adapters)] * len(adapters)
-
-    def adapter(self) -> Adapter:
-        """Read the adapters and merge them.
-
-        Raises:
-            ValueError: if ``factors`` meets adapters of different rank or scale, or an adapter is more than a LoRA.
-        """
-        parts = [read_adapter(path) for path in self.adapters]
-        for part, path in zip(parts, self.adapters, strict=True):
-            _check_plain(part, path)
-        return (_concatenate if self.method == "exact" else _average_factors)(parts, self.weights)
-
-
-def _check_plain(adapter: Adapter, path: str) -> None:
-    kinds = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "lora_bias")
-    if unusual := [kind for kind in kinds if getattr(adapter.config, kind, None)]:
-        raise ValueError(f"adapter {path!r} has {unusual[0]}; a merge knows only ΔW = alpha / rank · B·A")
-
-
-def _concatenate(parts: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
-    scale, rank = max(part.scale() for part in parts), sum(int(part.config.r) for part in parts)
-    modules = list(dict.fromkeys(module for part in parts for module in part.modules()))
-    tensors: dict[str, Tensor] = {}
-    for module in modules:
-        owners = [(part, weight) for part, weight in zip(parts, weights, strict=True) if module in part.modules()]
-        a = torch.cat([part.factors(module)[0] for part, _ in owners])
-        b = torch.cat([w * part.scale() / scale * part.factors(module)[1] for part, w in owners], 1)
-        tensors[f"{module}.lora_A.weight"] = torch.cat([a, a.new_zeros(rank - len(a), a.shape[1])])
-        tensors[f"{module}.lora_B.weight"] = torch.cat([b, b.new_zeros(len(b), rank - b.shape[1])], 1)
-    config = LoraConfig(r=rank, lora_alpha=scale * rank, target_modules=modules)  # type: ignore[arg-type]
-    return Adapter(config, tensors)
-
-
-def _average_factors(parts: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
-    shapes = {(int(part.config.r), part.scale(), *sorted(part.tensors)) for part in parts}
-    if len(shapes) > 1:
-        raise ValueError(
-            "factors can only be averaged between adapters of one rank, scale and target; use method: exact"
-        )
-    keys = parts[0].tensors
-    pairs = list(zip(parts, weights, strict=True))
-    tensors = {key: torch.stack([weight * part.tensors[key] for part, weight in pairs]).sum(0) for key in keys}
-    return Adapter(parts[0].config, tensors)
 
 
 @contextmanager

@@ -2,37 +2,58 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
 from torch import Tensor, nn
 
 from flowopd.core.guidance import guided
 from flowopd.models.backbone import Backbone
+from flowopd.models.hub import ModelFiles, reading
 from flowopd.models.lora import use_adapter
+from flowopd.models.textcache import TextFolder, TextKey, TextMemory
 from flowopd.records import Conditioning
 
 TEXTS_AT_ONCE = 8  # always: kernels differ by batch size, and a resumed run must find the same encodings to the bit
+GB = 10**9
+SMALL_ENCODERS = 256 * 10**6  # bytes; not worth reading twice
+CLIP_PARTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+T5_PARTS = ("text_encoder_3", "tokenizer_3")
 
 
 class SD3Backbone(Backbone):
-    """A ``StableDiffusion3Pipeline`` folder or hub id as a backbone of velocities.
+    """A ``StableDiffusion3Pipeline`` (Stable Diffusion 3 and 3.5, any size) as a backbone of velocities.
 
-    The transformer is frozen and carries all adapters. Text is encoded once per prompt and kept.
+    The transformer is frozen and carries all adapters. Text encoders are read when a text is missing, and released
+    when it is encoded; the autoencoder is read when something is decoded.
 
     Args:
-        path: a pipeline folder, or a model id of the hub such as ``stabilityai/stable-diffusion-3.5-medium``.
+        path: a pipeline folder, or a model id of the hub such as ``stabilityai/stable-diffusion-3.5-medium``. A folder
+            of the transformer alone is enough for a ``FullTeacher``.
         revision: branch, tag or commit on the hub.
         dtype: precision of the frozen transformer and of the encoders; adapters are float32 in any case.
         resolution: image side in pixels; default: the model's own.
         max_sequence_length: T5 tokens; 0 leaves them out.
         negative_prompt: the text of the unconditional half of guidance.
+        text_cache: folder that keeps encodings for the next run, which then reads no text encoder; one per model.
+        text_cache_gb: its largest size, 10⁹ bytes (a prompt of SD3.5 takes 2.7 MB in bfloat16).
+        text_memory_gb: largest size of the encodings kept in memory, 10⁹ bytes.
+        keep_encoders: keep the text encoders once they are read; default: if they take less than 256 MB.
+        activation_checkpointing: compute a block's activations again at backward instead of keeping them.
 
     Raises:
         FileNotFoundError: on ``load``, if ``path`` is neither a pipeline folder nor a reachable model of the hub.
+        ValueError: on ``load``, if a file is corrupt or of another kind of model.
     """
 
     def __init__(
@@ -43,6 +64,11 @@ class SD3Backbone(Backbone):
         resolution: int | None = None,
         max_sequence_length: int = 256,
         negative_prompt: str = "",
+        text_cache: str | None = None,
+        text_cache_gb: float = 50.0,
+        text_memory_gb: float = 8.0,
+        keep_encoders: bool | None = None,
+        activation_checkpointing: bool = False,
     ) -> None:
         self.path = path
         self.revision = revision
@@ -50,59 +76,154 @@ class SD3Backbone(Backbone):
         self.resolution = resolution
         self.max_sequence_length = max_sequence_length
         self.negative_prompt = negative_prompt
+        self.text_cache = text_cache
+        self.text_cache_gb = text_cache_gb
+        self.keep_encoders = keep_encoders
+        self.activation_checkpointing = activation_checkpointing
+        self.files = ModelFiles(path, revision)
+        self._network: SD3Transformer2DModel | None = None
+        self._encoders: Any = None
+        self._autoencoder: Any = None
         self._pipeline: Any = None
-        self._texts: dict[str, Conditioning] = {}
+        self._memory = TextMemory(int(text_memory_gb * GB))
+        self._folder: TextFolder | None = None
+        self._negative: Conditioning | None = None
+        self._reader: Backbone | None = None
 
     @property
     def network(self) -> nn.Module:
         """The transformer."""
-        return self.pipeline.transformer  # type: ignore[no-any-return]
+        if self._network is None:
+            raise RuntimeError("the backbone has no weights yet; call load() first")
+        return self._network  # type: ignore[no-any-return]
 
     @property
     def pipeline(self) -> Any:  # noqa: ANN401 - diffusers is untyped
-        """The stock diffusers pipeline behind this backbone."""
+        """The stock diffusers pipeline around this transformer, for notebooks; reads everything, and keeps it."""
         if self._pipeline is None:
-            raise RuntimeError("the backbone has no weights yet; call load() first")
+            encoders, scheduler = self._read_encoders(), self.files.part("scheduler")
+            parts = {name: part for name, part in encoders.components.items() if name in (*CLIP_PARTS, *T5_PARTS)}
+            self._pipeline = StableDiffusion3Pipeline(
+                transformer=self.network,
+                scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(str(scheduler)),
+                vae=self._read_autoencoder(),
+                **parts,
+            )
+            self._encoders, self.keep_encoders = self._pipeline, True
         return self._pipeline
 
     def load(self, device: torch.device | str = "cpu") -> None:
-        """Read the weights onto ``device``; doing it twice is doing it once."""
-        if self._pipeline is not None:
+        """Read the transformer onto ``device``; doing it twice is doing it once."""
+        if self._network is not None:
             return
-        pipeline = _read_pipeline(self.path, self.revision, self.dtype, t5=self.max_sequence_length > 0)
-        for part in pipeline.components.values():
-            if isinstance(part, nn.Module):
-                part.requires_grad_(False).eval().to(device)
-        self._pipeline = pipeline
+        network = _read_transformer(self.files, self.dtype).requires_grad_(False).eval().to(device)
+        if self.activation_checkpointing:
+            network.enable_gradient_checkpointing()
+        if self.text_cache is not None:
+            self._folder = TextFolder(Path(self.text_cache), self._text_key(), int(self.text_cache_gb * GB))
+        self._network = network
 
     def latent_shape(self) -> tuple[int, int, int]:
         """Return (C, H, W) of a latent."""
-        pipe = self.pipeline
-        side = self.resolution or pipe.default_sample_size * pipe.vae_scale_factor
-        if side % (pipe.vae_scale_factor * pipe.patch_size):
-            unit = pipe.vae_scale_factor * pipe.patch_size
+        config: Any = self.network.config
+        factor = self._pixels_per_latent
+        side, unit = self.resolution or config.sample_size * factor, factor * config.patch_size
+        if side % unit:
             raise ValueError(f"resolution is {side}; expected a multiple of {unit} pixels")
-        return pipe.transformer.config.in_channels, side // pipe.vae_scale_factor, side // pipe.vae_scale_factor
+        return config.in_channels, side // factor, side // factor
+
+    @cached_property
+    def _pixels_per_latent(self) -> int:
+        channels: list[int] = AutoencoderKL.load_config(str(self.files.part("vae")))["block_out_channels"]
+        return int(2 ** (len(channels) - 1))
+
+    # ---------------------------------------------------------------------------------------------------------- texts
 
     def encode(self, texts: Sequence[str]) -> Conditioning:
         """Encode texts, (B, L, D) tokens and (B, P) pooled, on the transformer's device; each text once."""
-        missing = [text for text in dict.fromkeys(texts) if text not in self._texts]
-        for chunk in (missing[i : i + TEXTS_AT_ONCE] for i in range(0, len(missing), TEXTS_AT_ONCE)):
+        if self._reader is not None:
+            return self._reader.encode(texts).to(self._device())
+        rows = {text: row for text in dict.fromkeys(texts) if (row := self._kept(text)) is not None}
+        rows |= self._encode_missing([text for text in dict.fromkeys(texts) if text not in rows])
+        return Conditioning.cat([rows[text] for text in texts]).to(self._device())
+
+    def prepare(self, texts: Sequence[str]) -> None:
+        """Encode texts that will be needed soon, and the negative prompt: the encoders are read once for all."""
+        known, wanted = (self._memory, self._folder or ()), dict.fromkeys([*texts, self.negative_prompt])
+        if self._reader is None:
+            self._encode_missing([text for text in wanted if not any(text in kept for kept in known)])
+
+    def read_with(self, reader: Backbone) -> None:
+        """Let another backbone encode the texts: this one needs no encoders."""
+        self._reader = reader
+
+    def _kept(self, text: str) -> Conditioning | None:
+        row = self._memory.get(text)
+        if row is None and self._folder is not None and (row := self._folder.get(text)) is not None:
+            self._memory.put(text, row)
+        return row
+
+    def _encode_missing(self, texts: Sequence[str]) -> dict[str, Conditioning]:
+        encoded: dict[str, Conditioning] = {}
+        for chunk in (texts[i : i + TEXTS_AT_ONCE] for i in range(0, len(texts), TEXTS_AT_ONCE)):
             rows = self._encode([*chunk, *[""] * (TEXTS_AT_ONCE - len(chunk))])
-            self._texts.update({text: rows[i : i + 1] for i, text in enumerate(chunk)})
-        return Conditioning.cat([self._texts[text] for text in texts]).to(self._device())
+            for i, text in enumerate(chunk):
+                encoded[text] = Conditioning(rows.tokens[i : i + 1].clone(), rows.pooled[i : i + 1].clone())
+                self._memory.put(text, encoded[text])
+                if self._folder is not None:
+                    self._folder.put(text, encoded[text])
+        if texts:
+            self._release_encoders()
+        return encoded
 
     @torch.no_grad()
     def _encode(self, texts: list[str]) -> Conditioning:
-        tokens, _, pooled, _ = self.pipeline.encode_prompt(
+        encoders = self._read_encoders()
+        tokens, _, pooled, _ = encoders.encode_prompt(
             prompt=texts,
             prompt_2=None,
             prompt_3=None,
             do_classifier_free_guidance=False,
             max_sequence_length=self.max_sequence_length,
-            device=self.pipeline.text_encoder.device,
+            device=encoders.text_encoder.device,
         )
-        return Conditioning(tokens, pooled)
+        return Conditioning(tokens, pooled).to("cpu")
+
+    def _text_parts(self) -> list[str]:
+        """Names of the model's text encoders and tokenizers."""
+        t5 = self.files.index().get("text_encoder_3", [None])[0] is not None
+        return [*CLIP_PARTS, *(T5_PARTS if t5 else ())]
+
+    def _text_key(self) -> TextKey:
+        return TextKey(self.files.identity(self._text_parts()), self.max_sequence_length, str(self.dtype))
+
+    def _read_encoders(self) -> Any:  # noqa: ANN401
+        if self._encoders is None:
+            parts = [part for part in self._text_parts() if self.max_sequence_length or part not in T5_PARTS]
+            for part in parts:
+                self.files.part(part)
+            absent = dict.fromkeys({"vae", "scheduler", *T5_PARTS} - set(parts))
+            with reading(self.files.root):
+                self._encoders = StableDiffusion3Pipeline.from_pretrained(
+                    str(self.files.root), transformer=self.network, dtype=self.dtype, **absent
+                )
+            for name in parts:
+                _freeze(getattr(self._encoders, name), self._device())
+        return self._encoders
+
+    def _release_encoders(self) -> None:
+        """Free the text encoders, unless they are small or wanted."""
+        encoders = [part for part in self._encoders.components.values() if isinstance(part, nn.Module)]
+        size = sum(p.nbytes for part in encoders if part is not self._network for p in part.parameters())
+        if self.keep_encoders if self.keep_encoders is not None else size <= SMALL_ENCODERS:
+            return
+        self._encoders = None
+        del encoders
+        gc.collect()  # modules of transformers refer to themselves
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    # --------------------------------------------------------------------------------------------------- velocities
 
     def velocity(
         self, x: Tensor, sigma: Tensor, cond: Conditioning, adapter: str | None = None, guidance_scale: float = 1.0
@@ -122,7 +243,7 @@ class SD3Backbone(Backbone):
         with use_adapter(self.network, adapter):
             if guidance_scale == 1:
                 return self._forward(x, sigma, cond)
-            negative = self.encode([self.negative_prompt]).expand(len(x))
+            negative = self._unconditional().expand(len(x))
             pair = self._forward(torch.cat([x, x]), torch.cat([sigma, sigma]), Conditioning.cat([cond, negative]))
             conditional, unconditional = pair.chunk(2)
             return guided(conditional, unconditional, guidance_scale)
@@ -131,35 +252,54 @@ class SD3Backbone(Backbone):
         velocity: Tensor = self.network(
             hidden_states=x.to(self.dtype),
             timestep=sigma * 1000,  # the only place where a noise level is a timestep
-            encoder_hidden_states=cond.tokens,
-            pooled_projections=cond.pooled,
+            encoder_hidden_states=cond.tokens.to(self.dtype),
+            pooled_projections=cond.pooled.to(self.dtype),
             return_dict=False,
         )[0]
         return velocity.float()
 
+    def _unconditional(self) -> Conditioning:
+        """The encoded negative prompt, one row, where the transformer is."""
+        if self._negative is None or self._negative.tokens.device != self._device():
+            self._negative = self.encode([self.negative_prompt])
+        return self._negative
+
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Return images (B, 3, H, W) in [0, 1], float32."""
-        vae = self.pipeline.vae
+        vae = self._read_autoencoder()
         latents = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
         images: Tensor = vae.decode(latents, return_dict=False)[0]
         return (images.float() / 2 + 0.5).clamp(0, 1)
+
+    def _read_autoencoder(self) -> Any:  # noqa: ANN401
+        if self._autoencoder is None:
+            folder = self.files.part("vae")
+            with reading(folder):
+                self._autoencoder = AutoencoderKL.from_pretrained(str(folder), dtype=self.dtype)
+            _freeze(self._autoencoder, self._device())
+        return self._autoencoder
 
     def _device(self) -> torch.device:
         return next(self.network.parameters()).device
 
 
-def _read_pipeline(path: str, revision: str | None, dtype: torch.dtype, t5: bool) -> Any:  # noqa: ANN401
-    folder = Path(path)
-    if folder.is_dir() and not (folder / "model_index.json").is_file():
-        raise FileNotFoundError(f"{path} has no model_index.json; expected a StableDiffusion3Pipeline folder")
-    try:
-        parts = StableDiffusion3Pipeline.load_config(path, revision=revision)
-        t5_parts = ("text_encoder_3", "tokenizer_3")
-        absent = {name: None for name in t5_parts if not t5 or parts.get(name, [None])[0] is None}
-        return StableDiffusion3Pipeline.from_pretrained(path, revision=revision, dtype=dtype, **absent)
-    except OSError as error:
-        raise FileNotFoundError(
-            f"no pipeline folder or reachable model of the hub at {path!r}; check the path, or log in to the hub "
-            f"if the model is gated ({type(error).__name__})"
-        ) from error
+def _freeze(part: Any, device: torch.device) -> None:  # noqa: ANN401
+    if isinstance(part, nn.Module):
+        part.requires_grad_(False).eval().to(device)
+
+
+def _read_transformer(files: ModelFiles, dtype: torch.dtype) -> SD3Transformer2DModel:
+    """Read the transformer of a pipeline, or one that stands alone, strictly.
+
+    Raises:
+        ValueError: naming tensors that are missing or too many.
+    """
+    folder = files.part("transformer" if files.index() else "")
+    with reading(folder):
+        network, info = SD3Transformer2DModel.from_pretrained(str(folder), dtype=dtype, output_loading_info=True)
+    for fault, keys in (("lacks", info["missing_keys"]), ("has, besides what belongs to it,", info["unexpected_keys"])):
+        if keys:
+            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+            raise ValueError(f"transformer {folder} {fault} {sorted(keys)[0]}{more}; copy or download it again")
+    return network

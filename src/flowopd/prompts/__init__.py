@@ -2,6 +2,8 @@
 
 from flowopd.prompts.base import PromptSource
 from flowopd.prompts.files import PromptFile
+from flowopd.prompts.geneval import GenEvalPrompts
 from flowopd.prompts.mixture import Mixture
+from flowopd.prompts.ocr import OCRPrompts
 
-__all__ = ["Mixture", "PromptFile", "PromptSource"]
+__all__ = ["GenEvalPrompts", "Mixture", "OCRPrompts", "PromptFile", "PromptSource"]

@@ -5,7 +5,19 @@ from typing import Any
 
 from flowopd.rewards.base import DetailedReward, Reward, Scores, detailed
 
-_HOMES: dict[str, str] = {}  # public name: module of this folder
+_HOMES: dict[str, str] = {
+    "Aesthetic": "aesthetic",
+    "CLIPScore": "clipscore",
+    "HPSv2": "hps",
+    "ImageReward": "image_reward",
+    "PickScore": "pickscore",
+    "OCR": "ocr",
+    "RemoteReward": "remote",
+    "DeQA": "deqa",
+    "GenEval": "geneval",
+    "Judge": "judges",
+    "Weighted": "weighted",
+}  # public name: module of this folder
 
 __all__ = ["DetailedReward", "Reward", "Scores", "detailed", *_HOMES]
 

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from threading import RLock
+from typing import Any, Literal
 
 import torch
+from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
 
 from flowopd.records import Prompt
 from flowopd.rewards.base import Scores, as_bytes
+
+Precision = Literal["float32", "bfloat16", "float16"]
+
+# Rewards may share a network, and one that scores must not see another one move it off the device.
+_ONE_AT_A_TIME = RLock()
 
 
 class ModelReward(ABC):
@@ -21,6 +31,8 @@ class ModelReward(ABC):
     """
 
     def __init__(self, batch_size: int = 16, offload: bool = False) -> None:
+        if batch_size < 1:
+            raise ValueError(f"expected a batch_size of at least 1, got {batch_size}")
         self.batch_size = batch_size
         self.offload = offload
         self._loaded = False
@@ -53,13 +65,99 @@ class ModelReward(ABC):
     def detail(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
         """Scores (B,) on the images' device, batch by batch."""
         images = as_bytes(images, prompts)
-        self.load(images.device)
-        chunks = range(0, len(images), self.batch_size)
-        scores = [self.forward(images[i : i + self.batch_size], prompts[i : i + self.batch_size]) for i in chunks]
-        if self.offload:
-            self.load("cpu")
-        return Scores.cat(scores)
+        if not len(images):
+            return Scores(torch.zeros(0, device=images.device))
+        with _ONE_AT_A_TIME:
+            self.load(images.device)
+            try:
+                chunks = [slice(i, i + self.batch_size) for i in range(0, len(images), self.batch_size)]
+                return Scores.cat([self.forward(images[chunk], prompts[chunk]) for chunk in chunks])
+            finally:
+                if self.offload:
+                    self.load("cpu")
 
     def score(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Scores (B,), float32, on the images' device."""
         return self.detail(images, prompts).value
+
+
+def weights_file(path: str, name: str, revision: str | None, source: str) -> Path:
+    """A file of a folder, or of a model on the hub: fetched on first use, then taken from the hub's cache.
+
+    Args:
+        path: a folder, or a model id of the hub.
+        name: of the file.
+        revision: branch, tag or commit on the hub.
+        source: how to get the file, told if it is not there.
+
+    Raises:
+        FileNotFoundError: if it is not there.
+    """
+    if (folder := Path(path)).is_dir():
+        if (folder / name).is_file():
+            return folder / name
+        raise FileNotFoundError(f"folder {path!r} has no {name}; {source}")
+    try:
+        return Path(hf_hub_download(path, name, revision=revision))
+    except Exception as error:  # the hub raises many kinds; all of them mean: not here
+        where = "is neither a folder nor a reachable model of the hub with"
+        raise FileNotFoundError(f"{path!r} {where} {name} ({type(error).__name__}); {source}") from error
+
+
+def read_pretrained(kind: Any, path: str, source: str, **options: Any) -> Any:  # noqa: ANN401
+    """``kind.from_pretrained``, of transformers.
+
+    Args:
+        kind: the class.
+        path: a folder, or a model id of the hub.
+        source: how to get the files, told if they are not there.
+        options: of ``from_pretrained``.
+
+    Raises:
+        FileNotFoundError: if they are not there, or cannot be read.
+    """
+    try:
+        return kind.from_pretrained(path, **options)
+    except Exception as error:  # transformers, safetensors and the hub raise many kinds
+        where = (
+            "is a folder without"
+            if Path(path).is_dir()
+            else "is neither a folder nor a reachable model of the hub with"
+        )
+        what = f"files that {kind.__name__} can read ({type(error).__name__})"
+        raise FileNotFoundError(f"{path!r} {where} {what}; {source}") from error
+
+
+def read_tensors(file: Path) -> dict[str, Any]:
+    """What ``torch.save`` wrote, tensors and plain containers only.
+
+    Raises:
+        ValueError: if the file cannot be read.
+    """
+    try:
+        content: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # a broken file raises many kinds
+        raise ValueError(f"{file} cannot be read ({type(error).__name__}); download it again") from error
+    return content
+
+
+def linear_head(tensors: Mapping[str, Tensor]) -> nn.Sequential:
+    """Published heads are linear layers in a row, x ↦ A_n(… A_1(x)), without activations between them; float32.
+
+    Args:
+        tensors: ``layers.<number>.weight`` and ``.bias``; numbers of layers without weights are left out.
+
+    Raises:
+        ValueError: if that is not what the tensors are called.
+    """
+    numbers = sorted(int(key.split(".")[1]) for key in tensors if re.fullmatch(r"layers\.\d+\.weight", key))
+    names = {f"layers.{number}.{kind}" for number in numbers for kind in ("weight", "bias")}
+    if not numbers or names != set(tensors):
+        raise ValueError(f"expected a head of layers.<number>.weight and .bias, got {sorted(tensors)[:4]}")
+    head = nn.Sequential()
+    for number in numbers:
+        weight, bias = tensors[f"layers.{number}.weight"], tensors[f"layers.{number}.bias"]
+        layer = nn.Linear(weight.shape[1], weight.shape[0])
+        layer.load_state_dict({"weight": weight, "bias": bias})
+        head.append(layer)
+    return head

@@ -4,7 +4,7 @@ import hashlib
 from typing import Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowopd.models import Backbone, SD3Backbone
 from flowopd.models.lora import Adapter, adapter_names, attach, read_adapter
@@ -104,22 +104,35 @@ class FullTeacher:
     """A fully fine-tuned model of its own, with the text encodings of the shared backbone.
 
     Args:
-        backbone: the second model.
+        backbone: the second model: a pipeline, or a folder of its transformer alone. Its text encoders and its
+            autoencoder are never read; its ``negative_prompt`` is its own.
         guidance_scale: the teacher's own guidance; 1 for none.
+        device: where it lives, such as ``cuda:1`` or ``cpu``; default: beside the shared backbone. States go there, and
+            velocities come back.
     """
 
-    def __init__(self, backbone: SD3Backbone, guidance_scale: float = 1.0) -> None:
+    def __init__(self, backbone: SD3Backbone, guidance_scale: float = 1.0, device: str | None = None) -> None:
         self.backbone = backbone
         self.guidance_scale = guidance_scale
+        self.device = device
 
     def attach(self, backbone: Backbone) -> None:
-        """Read the second model onto the shared backbone's device."""
-        self.backbone.load(next(backbone.network.parameters()).device)
+        """Read the second model.
+
+        Raises:
+            FileNotFoundError: if it is not there.
+            ValueError: if a file is corrupt or of another kind of model, or the two do not speak of the same latents.
+        """
+        self.backbone.load(self.device or next(backbone.network.parameters()).device)
+        self.backbone.read_with(backbone)
+        _check_same_latents(backbone.network, self.backbone)
 
     @torch.no_grad()
     def velocity(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
-        """Return the guided velocity (B, C, H, W)."""
-        return self.backbone.velocity(x, sigma, cond, None, self.guidance_scale)
+        """Return the guided velocity (B, C, H, W), where x is."""
+        there = next(self.backbone.network.parameters()).device
+        states = x.to(there), sigma.to(there), cond.to(there)
+        return self.backbone.velocity(*states, None, self.guidance_scale).to(x.device)
 
     def fingerprint(self) -> str:
         """A digest of every parameter's sum and shape."""
@@ -134,6 +147,14 @@ def _check_changes_something(adapter: Adapter, path: str) -> None:
         raise ValueError(
             f"teacher {path!r} changes nothing: all of its B factors are zero, so it equals the base model"
         )
+
+
+def _check_same_latents(shared: nn.Module, teacher: SD3Backbone) -> None:
+    names = ("in_channels", "joint_attention_dim", "pooled_projection_dim")
+    for name in names:
+        ours, theirs = (getattr(getattr(network, "config", None), name, None) for network in (shared, teacher.network))
+        if ours != theirs:
+            raise ValueError(f"teacher {teacher.path!r} has {name} {theirs}, the backbone {ours}; expected the same")
 
 
 def _attach_named(backbone: Backbone, name: str, adapter: Adapter, path: str) -> None:

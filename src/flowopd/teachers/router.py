@@ -14,13 +14,16 @@ class Router:
 
     Args:
         teachers: teacher of each task.
+        in_step: ask every teacher at every call, if need be about a row whose answer is dropped. Sharded ranks wait for
+            each other in every forward, so their number must not depend on how a rank's rows are routed.
 
     References:
         Flow-OPD (arXiv 2605.08063), hard routing.
     """
 
-    def __init__(self, teachers: Mapping[str, Teacher]) -> None:
+    def __init__(self, teachers: Mapping[str, Teacher], in_step: bool = False) -> None:
         self.teachers = dict(teachers)
+        self.in_step = in_step
 
     def check(self, tasks: Sequence[str]) -> None:
         """Raise unless every task has a teacher.
@@ -39,12 +42,15 @@ class Router:
             return groups[0][0].velocity(x, sigma, cond)
         velocity = torch.empty_like(x)
         for teacher, rows in groups:
-            velocity[rows] = teacher.velocity(x[rows], sigma[rows], cond[rows])
+            asked = rows or [0]
+            velocity[rows] = teacher.velocity(x[asked], sigma[asked], cond[asked])[: len(rows)]
         return velocity
 
     def _groups(self, tasks: Sequence[str]) -> list[tuple[Teacher, list[int]]]:
-        rows: dict[int, tuple[Teacher, list[int]]] = {}
+        groups: dict[int, tuple[Teacher, list[int]]] = {}
+        if self.in_step:
+            groups = {id(teacher): (teacher, []) for teacher in self.teachers.values()}
         for row, task in enumerate(tasks):
             teacher = self.teachers[task]
-            rows.setdefault(id(teacher), (teacher, []))[1].append(row)
-        return list(rows.values())
+            groups.setdefault(id(teacher), (teacher, []))[1].append(row)
+        return list(groups.values())

@@ -1,11 +1,13 @@
 """Lightning modules, the rollout data module and their callbacks."""
 
+from flowopd.training.check import SelfCheck
 from flowopd.training.cold_start import SFT, ColdStart
 from flowopd.training.ema import EMA
 from flowopd.training.grpo_teacher import GRPOTeacher
+from flowopd.training.guards import DriftMetrics, Guard
 from flowopd.training.opd_student import OPDStudent
 from flowopd.training.policy import FlowPolicy
-from flowopd.training.reports import AdapterExport, ImageGrid, PictureFolder, Progress, ResultsTable
+from flowopd.training.reports import AdapterExport, ImageGrid, MergeReport, PictureFolder, Progress, ResultsTable
 from flowopd.training.rollout_data import RolloutDataModule
 from flowopd.training.signals import AnchorCallback, RewardCallback, TeacherCallback
 
@@ -15,14 +17,18 @@ __all__ = [
     "AdapterExport",
     "AnchorCallback",
     "ColdStart",
+    "DriftMetrics",
     "FlowPolicy",
     "GRPOTeacher",
+    "Guard",
     "ImageGrid",
+    "MergeReport",
     "OPDStudent",
     "PictureFolder",
     "Progress",
     "ResultsTable",
     "RewardCallback",
     "RolloutDataModule",
+    "SelfCheck",
     "TeacherCallback",
 ]

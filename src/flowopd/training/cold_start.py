@@ -1,9 +1,10 @@
-"""ColdStart: where the student comes from, SFT on the teachers' trajectories or a merge of their weights."""
+"""ColdStart: where the student comes from, SFT on trajectories or a merge of the teachers' weights."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -15,25 +16,64 @@ from flowopd.models import Backbone, LoRASpec, Merge
 from flowopd.records import Conditioning, Rollout, StepBatch
 from flowopd.rollouts import RowNoise, Sampler, VelocityField
 from flowopd.training.policy import FlowPolicy
+from flowopd.training.reports import MergeReport
 
 
 @dataclass(frozen=True)
 class SFT:
-    """Flow matching on final latents that the routed teachers sampled.
+    """Flow matching on final latents that the routed teachers, or the model itself, sampled.
 
-    σ is drawn from logit-normal(mean, std), as in SD3.
+    σ is drawn from logit-normal(mean, std), as in SD3. Of the siblings of a prompt all may count alike, or by their
+    training reward r (``RewardCallback``), with weights that sum to their number G:
+
+        best:     w = G / n for the n siblings of the highest reward, 0 for the others
+        softmax:  w = G · exp(r / temperature) / Σ_siblings exp(r / temperature)
+
+    A sibling whose reward is NaN (scoring failed) has weight 0. What has no weight costs no forward.
 
     Args:
         draws: step batches made of every rollout.
         mean, std: of the logit of σ.
+        source: who samples: ``teachers``, as in the paper, or ``self``, which needs no teacher but a reward.
+        keep: which siblings count: ``all``, the ``best``, or by ``softmax``.
+        temperature: of the softmax, in units of the reward.
+
+    Raises:
+        ValueError: if the model would learn from its own pictures without a reward.
 
     References:
-        Scaling Rectified Flow Transformers (Esser et al., 2024), Eq. 19.
+        Flow-OPD (arXiv 2605.08063), SFT cold start; Scaling Rectified Flow Transformers (Esser et al., 2024), Eq. 19;
+        reward-weighted regression (Peters and Schaal, 2007); RAFT (arXiv 2304.06767), the best of N.
     """
 
     draws: int = 4
     mean: float = 0.0
     std: float = 1.0
+    source: Literal["teachers", "self"] = "teachers"
+    keep: Literal["all", "best", "softmax"] = "all"
+    temperature: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.source == "self" and self.keep == "all":
+            raise ValueError("SFT on all of its own pictures teaches a model nothing; set keep to best or softmax")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature is {self.temperature}; expected more than 0")
+
+    def weights(self, rewards: Tensor, group_size: int) -> Tensor:
+        """Weights (B,), summing to G in every group of siblings, or to 0 where no reward is known.
+
+        Args:
+            rewards: (B,), siblings next to each other.
+            group_size: G.
+        """
+        groups = rewards.double().reshape(-1, group_size)
+        known = torch.where(groups.isnan(), -torch.inf, groups)
+        if self.keep == "softmax":
+            share = torch.softmax(known / self.temperature, 1)
+        else:
+            best = (known == known.amax(1, keepdim=True)) & known.isfinite()
+            share = best / best.sum(1, keepdim=True)
+        return (group_size * share.nan_to_num(0)).flatten().float()
 
     def batches(self, rollout: Rollout, noise: RowNoise) -> Iterator[StepBatch]:
         """Noised final latents, with the velocity noise - clean as target."""
@@ -48,15 +88,37 @@ class SFT:
                 noisy=torch.zeros_like(sigma, dtype=torch.bool),
                 cond=rollout.cond,
                 tasks=[prompt.task for prompt in rollout.prompts],
-            )
-            yield batch.label(target=velocity_from(clean, fresh))
+                metrics=rollout.metrics,
+            ).label(target=velocity_from(clean, fresh))
+            yield batch if rollout.labels.weight is None else _weighty(batch, rollout.labels.weight[:, 0])
+
+
+def _weighty(batch: StepBatch, weight: Tensor) -> StepBatch:
+    """The rows of a batch that have a weight, so that their weighted mean is that of the whole batch.
+
+    One row stays in any case, so that every rank runs as many forwards.
+    """
+    rows = weight.nonzero().flatten().tolist() or [0]
+    target = batch.labels.target
+    assert target is not None
+    kept = replace(
+        batch,
+        x=batch.x[rows],
+        sigma=batch.sigma[rows],
+        sigma_next=batch.sigma_next[rows],
+        noisy=batch.noisy[rows],
+        cond=batch.cond[rows],
+        tasks=[batch.tasks[row] for row in rows],
+    )
+    return kept.label(target=target[rows], weight=weight[rows] * len(rows) / len(weight))
 
 
 class ColdStart(FlowPolicy):
     """Makes the adapter that the student starts from.
 
-    With a ``Merge`` nothing is trained: the merged adapter is exported as it is (``trainer.max_epochs: 0``). With
-    ``SFT`` the routed teachers sample the rollouts and the student learns by flow matching.
+    With a ``Merge`` nothing is trained: the merged adapter is exported as it is (``trainer.max_epochs: 0``), and
+    ``merge_report.md`` says what it keeps of every teacher. With ``SFT`` the routed teachers, or the student itself,
+    sample the rollouts and the student learns by flow matching.
 
     Args:
         backbone: the frozen model.
@@ -70,8 +132,6 @@ class ColdStart(FlowPolicy):
         Flow-OPD (arXiv 2605.08063), cold start.
     """
 
-    routed = True
-
     def __init__(
         self,
         backbone: Backbone,
@@ -84,24 +144,59 @@ class ColdStart(FlowPolicy):
         start = strategy if isinstance(strategy, Merge) else None
         super().__init__(backbone, FlowMatching(), sampler, lora, start, optimizer, scheduler)
         self.strategy = strategy
+        self.routed = not (isinstance(strategy, SFT) and strategy.source == "self")
+
+    def on_fit_start(self) -> None:
+        """Report a merge, if no callback does."""
+        if not any(isinstance(callback, MergeReport) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
+            MergeReport().on_fit_start(self.trainer, self)
 
     def check(self, tasks: Sequence[str]) -> None:
-        """Raise unless every task has a teacher to sample from."""
-        if isinstance(self.strategy, SFT):
+        """Raise unless there is somebody to sample from, and a reward where one chooses."""
+        if isinstance(self.strategy, Merge):
+            if self.trainer.max_epochs != 0:
+                raise ValueError(
+                    f"a merge is not trained, but trainer.max_epochs is {self.trainer.max_epochs}; set it to 0"
+                )
+            return
+        if getattr(self.trainer.datamodule, "fused", False):  # type: ignore[attr-defined]
+            raise ValueError("SFT learns from finished pictures, but data.fused is true; set fused: false")
+        if self.strategy.source == "teachers":
             self.signals.router.check(tasks)
-        elif self.trainer.max_epochs != 0:
-            raise ValueError(
-                f"a merge is not trained, but trainer.max_epochs is {self.trainer.max_epochs}; set it to 0"
-            )
+        if self.strategy.keep != "all":
+            self.signals.check(frozenset({"advantage"}), tasks)
 
     def behaviour(self, tasks: Sequence[str]) -> VelocityField:
-        """The routed teachers sample."""
+        """The routed teachers sample, or the student itself."""
+        if not self.routed:
+            return self.velocity
         router = self.signals.router
 
         def velocity(x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
             return router.velocity(x, sigma, cond, tasks)
 
         return velocity
+
+    def label(self, rollouts: list[Rollout], group_size: int) -> list[Rollout]:
+        """Weigh every picture by its reward among its siblings.
+
+        Raises:
+            ValueError: if there are no siblings to choose from.
+        """
+        if not isinstance(self.strategy, SFT) or self.strategy.keep == "all":
+            return rollouts
+        if group_size < 2:
+            raise ValueError(
+                f"keep: {self.strategy.keep} chooses among siblings, but group_size is {group_size}; set 2 or more"
+            )
+        images = torch.cat([self.backbone.decode(rollout.latents[:, -1]) for rollout in rollouts])
+        prompts = [prompt for rollout in rollouts for prompt in rollout.prompts]
+        rewards, scores = self.signals.training_reward(images, prompts)
+        weights = self.strategy.weights(rewards, group_size)
+        metrics = {f"reward/{name}": float(score.nanmean()) for name, score in scores.items()}
+        metrics["sft/kept_reward"] = float((weights * rewards.nan_to_num(0)).sum() / weights.sum())
+        shares = weights.split([len(rollout.prompts) for rollout in rollouts])
+        return [_weighted(rollout, share).log(metrics) for rollout, share in zip(rollouts, shares, strict=True)]
 
     def batches_per_rollout(self) -> int:
         """Draws of noise per final latent."""
@@ -111,3 +206,7 @@ class ColdStart(FlowPolicy):
         """Noised final latents instead of visited states."""
         assert isinstance(self.strategy, SFT)
         return self.strategy.batches(rollout, noise)
+
+
+def _weighted(rollout: Rollout, weight: Tensor) -> Rollout:
+    return rollout.label(weight=weight[:, None].expand(-1, rollout.log_probs.shape[1]))

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from diffusers.training_utils import EMAModel
 from lightning import Callback, LightningModule, Trainer
-from torch import nn
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+
+from flowopd.models.shards import spread, whole
 
 
 class EMA(Callback):
     """Averages the trained parameters after every optimiser step; evaluation and export use the average.
+
+    Sharded ranks average their own parts; a checkpoint holds the whole.
 
     Args:
         decay: the largest decay; it grows as (1 + n) / (10 + n) over the first n steps.
@@ -26,9 +33,11 @@ class EMA(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the average at the current parameters, or where the checkpoint left it."""
-        self._model = EMAModel(_trained(pl_module), decay=self.decay)
+        parameters = list(_trained(pl_module).values())
+        self._model = EMAModel(parameters, decay=self.decay)
         if self._restored is not None:
             self._model.load_state_dict(self._restored)
+            self._model.shadow_params = list(map(spread, self._model.shadow_params, parameters))
             self._step = self._model.optimization_step * self.every
         self._model.to(pl_module.device)
 
@@ -36,26 +45,28 @@ class EMA(Callback):
         """Average after an optimiser step, not after every micro-batch."""
         if trainer.global_step > self._step and trainer.global_step % self.every == 0:
             self._step = trainer.global_step
-            self._averaged().step(_trained(pl_module))
+            self._averaged().step(_trained(pl_module).values())
 
     def swap_in(self, pl_module: LightningModule) -> None:
         """Put the average in place of the parameters."""
         if self._model is not None:
-            self._model.store(_trained(pl_module))
-            self._model.copy_to(_trained(pl_module))
+            self._model.store(_trained(pl_module).values())
+            self._model.copy_to(_trained(pl_module).values())
 
     def swap_out(self, pl_module: LightningModule) -> None:
         """Put the parameters back."""
         if self._model is not None:
-            self._model.restore(_trained(pl_module))
+            self._model.restore(_trained(pl_module).values())
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluate the average."""
-        self.swap_in(pl_module)
+        if trainer.state.fn == TrainerFn.FITTING:  # elsewhere the policy found it in the checkpoint
+            self.swap_in(pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Train the parameters."""
-        self.swap_out(pl_module)
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.swap_out(pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the average: what follows evaluates and exports it."""
@@ -64,12 +75,14 @@ class EMA(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save what is trained, also while the average is in its place (lightning may save after the last step)."""
         if self._model is not None and self._model.temp_stored_params is not None:
-            names = [name for name, parameter in pl_module.named_parameters() if parameter.requires_grad]
-            checkpoint["state_dict"] |= dict(zip(names, self._model.temp_stored_params, strict=True))
+            stored = map(whole, self._model.temp_stored_params)
+            checkpoint["state_dict"] |= dict(zip(_trained(pl_module), stored, strict=True))
 
     def state_dict(self) -> dict[str, Any]:
         """The average, its step and its settings."""
-        return {} if self._model is None else self._model.state_dict()
+        if self._model is None:
+            return {}
+        return {**self._model.state_dict(), "shadow_params": list(map(whole, self._model.shadow_params))}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Remember the average until the parameters are there."""
@@ -80,5 +93,24 @@ class EMA(Callback):
         return self._model
 
 
-def _trained(module: LightningModule) -> list[nn.Parameter]:
-    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+@contextmanager
+def averaged(trainer: Trainer) -> Iterator[None]:
+    """The average in place of the parameters for a while, if the trainer keeps one."""
+    averages = [callback for callback in trainer.callbacks if isinstance(callback, EMA)]  # type: ignore[attr-defined]
+    for ema in averages:
+        ema.swap_in(trainer.lightning_module)
+    try:
+        yield
+    finally:
+        for ema in averages:
+            ema.swap_out(trainer.lightning_module)
+
+
+def average_in(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The average that a checkpoint holds, by the names of its trained parameters; empty if it holds none."""
+    state = checkpoint.get("callbacks", {}).get(EMA.__qualname__) or {}
+    return dict(zip(checkpoint["state_dict"], state["shadow_params"], strict=True)) if state else {}
+
+
+def _trained(module: LightningModule) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}

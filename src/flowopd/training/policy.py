@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from flowopd.core.objectives import Objective, needs
@@ -18,7 +19,9 @@ from flowopd.models import Backbone, LoRASpec, Merge
 from flowopd.models.lora import Adapter, adapter_parameters, add_adapter, attach, read_adapter, take_adapter
 from flowopd.records import Conditioning, EvaluationBatch, Prompt, Rollout, StepBatch
 from flowopd.rollouts import RowNoise, Sampler, VelocityField
+from flowopd.training.ema import average_in
 from flowopd.training.signals import Signals, signals_of
+from flowopd.training.strategies import FSDP2, MADE_BY, check_resumable, check_trainer, made_by
 
 STUDENT = "student"
 
@@ -78,10 +81,13 @@ class FlowPolicy(LightningModule):
         """Load the backbone, then attach the student and every teacher, before anything wraps or shards it."""
         if self.network is not None:
             return
+        check_trainer(self.trainer)
         self.backbone.load(self.trainer.strategy.root_device)
         self._attach_student()
         self.signals.attach(self.backbone)
         self.network = self.backbone.network.train()  # nothing here drops out; lightning warns of parts in eval mode
+        if isinstance(self.trainer.strategy, FSDP2):
+            self.trainer.strategy.shard(self.network)
 
     def _attach_student(self) -> None:
         if self.start is None:
@@ -178,7 +184,7 @@ class FlowPolicy(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.scheduler(optimizer), "interval": "step"}}
 
     def student(self) -> Adapter:
-        """A copy of the student's adapter."""
+        """A copy of the student's adapter; under a sharded strategy all ranks must ask for it."""
         return take_adapter(self.backbone.network, STUDENT)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
@@ -186,14 +192,25 @@ class FlowPolicy(LightningModule):
         state: Mapping[str, Any] = super().state_dict(*args, **kwargs)
         return {key: value for key, value in state.items() if f".{STUDENT}." in key}
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say which ranks made the checkpoint."""
+        checkpoint[MADE_BY] = made_by(self.trainer)
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another adapter.
+        """Refuse a checkpoint of another adapter or kind of ranks; where nothing is trained, prefer its average.
 
         Raises:
-            ValueError: naming a tensor that does not fit.
+            ValueError: naming a tensor that does not fit, or the strategy.
         """
+        self._check_shapes(checkpoint["state_dict"])
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            check_resumable(self.trainer, checkpoint)
+        else:
+            checkpoint["state_dict"] |= average_in(checkpoint)
+
+    def _check_shapes(self, state: Mapping[str, Tensor]) -> None:
         mine = {key: tuple(value.shape) for key, value in self.state_dict().items()}
-        theirs = {key: tuple(value.shape) for key, value in checkpoint["state_dict"].items()}
+        theirs = {key: tuple(value.shape) for key, value in state.items()}
         if mine != theirs:
             key = next(iter(dict(mine.items() ^ theirs.items())))
             raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,10 +19,12 @@ from tqdm.auto import tqdm
 
 from flowopd.evaluation import contact_sheet, save_png, write_results
 from flowopd.evaluation.tables import cells, columns
-from flowopd.models.lora import save_adapter
+from flowopd.models import Backbone, Merge
+from flowopd.models.export import ModelCard, export_adapter
 from flowopd.records import EvaluationBatch
 from flowopd.rollouts import VelocityField
 from flowopd.teachers import BaseTeacher
+from flowopd.training.ema import averaged
 from flowopd.training.policy import FlowPolicy
 from flowopd.training.rollout_data import RolloutDataModule
 
@@ -66,12 +69,30 @@ class Progress(Callback):
 
 
 class AdapterExport(Callback):
-    """Writes the trained adapter in peft layout to ``<run>/adapter`` when the fit ends."""
+    """Writes the trained adapter to ``<run>/adapter`` when the fit ends: for peft, for diffusers, and with a card."""
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write it once."""
-        if isinstance(pl_module, FlowPolicy) and trainer.is_global_zero:
-            save_adapter(pl_module.student(), run_folder(trainer) / "adapter")
+        """Gather it on all ranks, write it once."""
+        if not isinstance(pl_module, FlowPolicy):
+            return
+        adapter = pl_module.student()
+        if trainer.is_global_zero:
+            export_adapter(adapter, run_folder(trainer) / "adapter", card(_policy(pl_module)))
+
+
+class MergeReport(Callback):
+    """Prints what a merge keeps of every adapter, and writes ``merge_report.md`` and ``merge_report.csv``."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Before the first update; a run that goes on has its report."""
+        policy = _policy(pl_module)
+        if not isinstance(policy.start, Merge) or trainer.ckpt_path is not None:
+            return
+        merged = policy.student()
+        if trainer.is_global_zero:
+            table = policy.start.report(merged)
+            write_results(table, run_folder(trainer), "merge_report")
+            show(table)
 
 
 class ImageGrid(Callback):
@@ -91,9 +112,10 @@ class ImageGrid(Callback):
         self._save(trainer, {"student": _policy(pl_module).velocity}, trainer.current_epoch)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The policy along the way."""
+        """The policy along the way, its average if the run keeps one."""
         if self.every and (trainer.current_epoch + 1) % self.every == 0:
-            self._save(trainer, {"student": _policy(pl_module).velocity}, trainer.current_epoch + 1)
+            with averaged(trainer):
+                self._save(trainer, {"student": _policy(pl_module).velocity}, trainer.current_epoch + 1)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Every model beside every other."""
@@ -210,6 +232,40 @@ def show(table: dict[str, dict[str, float]]) -> None:
     for row in cells(table):
         rich.add_row(*row)
     Console(width=None if sys.stdout.isatty() else 120).print(rich)
+
+
+def card(policy: FlowPolicy) -> ModelCard:
+    """How the policy's adapter was made."""
+    trainer, data = policy.trainer, getattr(policy.trainer, "datamodule", None)
+    facts = {
+        "objective": described(policy.objective),
+        "sampler": described(policy.sampler),
+        "start": described(policy.start) if policy.start is not None else "a new adapter",
+        "training": f"{trainer.current_epoch} iterations, {trainer.global_step} optimiser steps",
+        "seed": f"{getattr(data, 'seed', None)} (prompts and noise), {os.environ.get('PL_GLOBAL_SEED')} (everything)",
+    }
+    if strategy := getattr(policy, "strategy", None):
+        facts["strategy"] = described(strategy)
+    teachers = [(name, described(teacher), teacher.fingerprint()) for name, teacher in policy.signals.fields().items()]
+    base = getattr(policy.backbone, "path", type(policy.backbone).__name__)
+    return ModelCard(base, type(policy).__name__, facts, teachers, policy.sampler.guidance_scale)
+
+
+def described(thing: Any, depth: int = 3) -> str:  # noqa: ANN401
+    """A plain object by its class and public attributes.
+
+    >>> from flowopd.core import Anchored, TransitionKL
+    >>> described(Anchored(TransitionKL(), strength=2.5))
+    'Anchored(objective=TransitionKL(weighting=ExactKL()), strength=2.5, weighting=ExactKL())'
+    """
+    if isinstance(thing, list | tuple):
+        return f"[{', '.join(described(item, depth) for item in thing)}]"
+    if thing is None or isinstance(thing, str | int | float | bool):
+        return str(thing)
+    if not depth or not hasattr(thing, "__dict__") or isinstance(thing, Backbone | torch.Tensor | torch.nn.Module):
+        return type(thing).__name__
+    public = {name: value for name, value in vars(thing).items() if not name.startswith("_") and name != "needs"}
+    return f"{type(thing).__name__}({', '.join(f'{k}={described(v, depth - 1)}' for k, v in public.items())})"
 
 
 def run_folder(trainer: Trainer) -> Path:

@@ -96,7 +96,8 @@ class RolloutDataModule(LightningDataModule):
     def _check_sizes(self, world_size: int) -> None:
         if self.prompts_per_iteration % world_size:
             raise ValueError(
-                f"{self.prompts_per_iteration} prompts per iteration do not divide over {world_size} ranks"
+                f"{self.prompts_per_iteration} prompts per iteration do not divide over {world_size} ranks; choose a "
+                f"multiple of {world_size}, as the {self.group_size} siblings of a prompt stay on one rank"
             )
         rows = self.prompts_per_iteration // world_size * self.group_size
         if rows % self.batch_size:
@@ -187,6 +188,7 @@ class RolloutDataModule(LightningDataModule):
         prompts = self.mixture.draw(self.prompts_per_iteration, self.iteration, self.seed)
         share = len(prompts) // self.trainer.world_size
         first = self.trainer.global_rank * share
+        self.policy.backbone.prepare([prompt.text for prompt in prompts[first : first + share]])
         rows = [(group, sibling) for group in range(first, first + share) for sibling in range(self.group_size)]
         for chunk in (rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)):
             yield [prompts[group] for group, _ in chunk], self._noise(chunk)
@@ -232,8 +234,9 @@ class RolloutDataModule(LightningDataModule):
         return [rows[i : i + self.evaluation_batch_size] for i in range(0, len(rows), self.evaluation_batch_size)]
 
     def _evaluation_batches(self) -> Iterator[EvaluationBatch]:
-        prompts = self.held_out()
-        for rows in self._evaluation_chunks():
+        prompts, chunks = self.held_out(), self._evaluation_chunks()
+        self.policy.backbone.prepare([prompts[row % len(prompts)].text for rows in chunks for row in rows])
+        for rows in chunks:
             yield self._evaluation_batch(prompts, rows)
 
     def _evaluation_batch(self, prompts: Sequence[Prompt], rows: Sequence[int]) -> EvaluationBatch:

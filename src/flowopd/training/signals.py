@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+import json
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
-from lightning import Callback, Trainer
+from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
+from torch.nn.functional import pad
 
 from flowopd.core.dynamics import Transition
 from flowopd.core.tensors import row_mean
 from flowopd.core.weights import ExactKL
-from flowopd.evaluation import Scoreboard
+from flowopd.evaluation import Column, Scoreboard
 from flowopd.models import Backbone
 from flowopd.records import Prompt, Rollout, StepBatch
-from flowopd.rewards import Reward
+from flowopd.rewards import Reward, Scores, detailed
+from flowopd.rewards.executor import Executor, joined
 from flowopd.rollouts import Sampler
 from flowopd.teachers import Router, Teacher
+from flowopd.training.strategies import is_sharded
 
 
 class RewardCallback(Callback):
@@ -30,6 +35,9 @@ class RewardCallback(Callback):
         tasks: names of the tasks that it scores; default: all.
         weight: its share in the training reward, Σ weight · score over the rewards of a task; 0 only evaluates.
         in_average: count it in the table's average.
+        background: while training, score a batch of finished pictures on the CPU, in a thread of its own, as the next
+            batch is sampled; for rewards that compute on the CPU or wait for a server.
+        columns: parts of its scores that are columns of every evaluation too, as ``<name>/<part>``.
     """
 
     def __init__(
@@ -39,12 +47,17 @@ class RewardCallback(Callback):
         tasks: list[str] | None = None,
         weight: float = 1.0,
         in_average: bool = True,
+        background: bool = False,
+        columns: list[str] | None = None,
     ) -> None:
         self.name = name
         self.reward = reward
         self.tasks = tasks
         self.weight = weight
         self.in_average = in_average
+        self.background = background
+        self.columns = columns or []
+        self._executor = Executor(self.detail)
 
     @property
     def state_key(self) -> str:
@@ -55,14 +68,59 @@ class RewardCallback(Callback):
         """Whether the task is scored by this reward."""
         return self.tasks is None or task in self.tasks
 
-    @torch.no_grad()
+    def covered(self, prompts: Sequence[Prompt]) -> Tensor:
+        """Whether each prompt is scored by this reward, (B,) bool."""
+        return torch.tensor([self.covers(prompt.task) for prompt in prompts], dtype=torch.bool)
+
     def score(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """Scores (B,) of images (B, 3, H, W); NaN for prompts of other tasks."""
-        rows = [row for row, prompt in enumerate(prompts) if self.covers(prompt.task)]
-        scores = torch.full((len(prompts),), torch.nan, device=images.device)
-        if rows:
-            scores[rows] = self.reward.score(images[rows], [prompts[row] for row in rows]).float()
+        """Scores (B,) of images (B, 3, H, W); NaN for prompts of other tasks, and where scoring failed."""
+        return self.detail(images, prompts).value
+
+    @torch.no_grad()
+    def detail(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
+        """Scores of images (B, 3, H, W) with their parts; NaN for prompts of other tasks, and where scoring failed.
+
+        Raises:
+            ValueError: if the reward does not give one score per image.
+        """
+        rows = self.covered(prompts).nonzero()[:, 0].to(images.device)
+        if not len(rows):
+            return Scores(torch.full((len(prompts),), torch.nan, device=images.device))
+        asked = [prompts[row] for row in rows.tolist()]
+        with torch.autocast(images.device.type, enabled=False):  # a score is the same in whatever precision we train
+            found = detailed(self.reward, images[rows], asked)
+        parts = {name: self._spread(part, rows, len(prompts)) for name, part in found.parts.items()}
+        return Scores(self._spread(found.value, rows, len(prompts)), parts)
+
+    def _spread(self, values: Tensor, rows: Tensor, count: int) -> Tensor:
+        """Scores of some rows as scores of all; what is not a finite number is a failure, NaN."""
+        if values.shape != rows.shape:
+            raise ValueError(
+                f"reward {self.name!r} gave scores of shape {tuple(values.shape)} for {len(rows)} images; "
+                f"expected ({len(rows)},)"
+            )
+        scores = torch.full((count,), torch.nan, device=rows.device)
+        scores[rows] = values.to(scores).where(values.to(scores).isfinite(), torch.nan)
         return scores
+
+    def begin(self, images: Tensor, prompts: Sequence[Prompt]) -> Future[Scores]:
+        """Begin to score images (B, 3, H, W) in the background, as ``detail`` does."""
+        return self._executor.submit(images, prompts)
+
+    def evaluate(self, images: Tensor, prompts: Sequence[Prompt]) -> dict[str, Column]:
+        """Columns of an evaluation: the scores, and the parts that were asked for."""
+        scores, covered = self.detail(images, prompts), self.covered(prompts).to(images.device)
+        nothing = torch.full_like(scores.value, torch.nan)
+        parts = {f"{self.name}/{name}": scores.parts.get(name, nothing) for name in self.columns}
+        return {self.name: Column(scores.value, covered)} | {k: Column(v, ~v.isnan()) for k, v in parts.items()}
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """End the thread."""
+        self._executor.close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """End the thread: nobody waits for its scores any more."""
+        self._executor.close()
 
 
 class _CarriesTeacher(Callback):
@@ -135,16 +193,19 @@ class Signals:
         rewards: in the order of the trainer's callbacks.
         teachers: likewise.
         anchor: at most one.
+        in_step: every rank asks every teacher, however its rows are routed.
     """
 
     rewards: list[RewardCallback]
     teachers: list[TeacherCallback]
     anchor: AnchorCallback | None
+    in_step: bool = False
 
     @property
     def router(self) -> Router:
         """Teacher of each task."""
-        return Router({task: callback.teacher for callback in self.teachers for task in callback.tasks})
+        teachers = {task: callback.teacher for callback in self.teachers for task in callback.tasks}
+        return Router(teachers, self.in_step)
 
     def fields(self) -> dict[str, Teacher]:
         """Every teacher and the anchor, by name."""
@@ -176,24 +237,47 @@ class Signals:
     def _trains(self, task: str) -> bool:
         return any(callback.covers(task) and callback.weight for callback in self.rewards)
 
-    def score(self, images: Tensor, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
-        """Every reward's scores (B,), NaN where it does not apply."""
-        return {callback.name: callback.score(images, prompts) for callback in self.rewards}
+    def score(self, images: Tensor, prompts: Sequence[Prompt]) -> dict[str, Column]:
+        """Every column of an evaluation, (B,) each."""
+        return {
+            name: column for callback in self.rewards for name, column in callback.evaluate(images, prompts).items()
+        }
 
     def scoreboard(self) -> Scoreboard:
-        """An empty scoreboard with a column per reward."""
+        """An empty scoreboard with a column per reward, and one per part that was asked for."""
         averaged = [callback.name for callback in self.rewards if callback.in_average]
-        return Scoreboard([callback.name for callback in self.rewards], averaged)
+        parts = [(callback.name, [f"{callback.name}/{part}" for part in callback.columns]) for callback in self.rewards]
+        return Scoreboard([column for name, columns in parts for column in (name, *columns)], averaged)
+
+    def training(self) -> list[RewardCallback]:
+        """The rewards that have a weight."""
+        return [callback for callback in self.rewards if callback.weight]
+
+    def begin(self, images: Tensor, prompts: Sequence[Prompt]) -> dict[str, Future[Scores]]:
+        """Begin what training rewards do in the background with finished images."""
+        return {callback.name: callback.begin(images, prompts) for callback in self.training() if callback.background}
+
+    def details(
+        self, images: Tensor, prompts: Sequence[Prompt], begun: Sequence[Mapping[str, Future[Scores]]] = ()
+    ) -> dict[str, Scores]:
+        """Scores of every training reward, (B,); those in ``begun``, by consecutive parts of the batch, are awaited."""
+        waiting = {name: [part[name] for part in begun] for name in (begun[0] if begun else ())}
+        here = {c.name: c.detail(images, prompts) for c in self.training() if c.name not in waiting}
+        there = {name: joined([f.result() for f in futures], images.device) for name, futures in waiting.items()}
+        return {callback.name: (here | there)[callback.name] for callback in self.training()}
+
+    def total(self, scores: Mapping[str, Tensor], prompts: Sequence[Prompt]) -> Tensor:
+        """Training rewards,  Σ weight · score  over the rewards of each row's task, (B,); NaN where one failed."""
+        shares = []
+        for callback in self.training():
+            score = callback.weight * scores[callback.name]
+            shares.append(score.where(callback.covered(prompts).to(score.device), 0.0))
+        return torch.stack(shares).sum(0)
 
     def training_reward(self, images: Tensor, prompts: Sequence[Prompt]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Σ weight · score over the rewards of each row's task, (B,), and the scores by name."""
-        training = [callback for callback in self.rewards if callback.weight]
-        scores = {callback.name: callback.score(images, prompts) for callback in training}
-        total = torch.zeros(len(prompts), device=images.device)
-        for callback in training:
-            covered = torch.tensor([callback.covers(prompt.task) for prompt in prompts], device=images.device)
-            total = total + torch.where(covered, callback.weight * scores[callback.name], 0.0)
-        return total, scores
+        """Training rewards (B,), and the scores that they are made of by name."""
+        scores = {name: details.value for name, details in self.details(images, prompts).items()}
+        return self.total(scores, prompts), scores
 
     @torch.no_grad()
     def label_states(self, batch: StepBatch, needs: frozenset[str]) -> StepBatch:
@@ -222,9 +306,22 @@ def _step_kl(step: Transition, target: Tensor) -> Tensor:
     return ExactKL().weight(step) * row_mean((step.velocity - target) ** 2)
 
 
+def added_over_ranks(module: LightningModule, facts: dict[str, list[float]]) -> dict[str, list[float]]:
+    """Sums over all ranks, number by number; exchanged as JSON in bytes, for ranks may know of different names."""
+    own = torch.tensor(list(json.dumps(facts).encode()), dtype=torch.uint8, device=module.device)
+    lengths = cast(Tensor, module.all_gather(torch.tensor([len(own)], device=module.device))).flatten().tolist()
+    texts = cast(Tensor, module.all_gather(pad(own, (0, max(lengths) - len(own))))).reshape(len(lengths), -1)
+    ranks = [json.loads(bytes(text[:length].tolist())) for text, length in zip(texts, lengths, strict=True)]
+    known = {
+        name: [rank[name] for rank in ranks if name in rank] for name in dict.fromkeys(k for r in ranks for k in r)
+    }
+    return {name: [sum(numbers) for numbers in zip(*each, strict=True)] for name, each in known.items()}
+
+
 def signals_of(trainer: Trainer) -> Signals:
     """Collect rewards, teachers and the anchor from a trainer's callbacks."""
-    return signals_among(trainer.callbacks)  # type: ignore[attr-defined]
+    signals = signals_among(trainer.callbacks)  # type: ignore[attr-defined]
+    return replace(signals, in_step=is_sharded(trainer))
 
 
 def signals_among(callbacks: Sequence[Callback]) -> Signals:

@@ -1,0 +1,113 @@
+"""An adapter as others want it: peft's layout, diffusers' file, and a model card."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+from diffusers import StableDiffusion3Pipeline
+from huggingface_hub import ModelCardData
+
+from flowopd import __version__
+from flowopd.models.lora import Adapter, complete_or_nothing, write_peft
+
+DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
+LIBRARIES = ("torch", "diffusers", "transformers", "peft", "lightning")
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """How an adapter was made.
+
+    Args:
+        base: the frozen model: id of the hub, or a folder.
+        made_by: name of the module's class.
+        facts: what else there is to say, in rows: objective, start, steps, seed.
+        teachers: name, kind and fingerprint of every teacher.
+        guidance_scale: of the student in training.
+    """
+
+    base: str
+    made_by: str
+    facts: Mapping[str, str] = field(default_factory=dict)
+    teachers: Sequence[tuple[str, str, str]] = ()
+    guidance_scale: float = 1.0
+
+    def text(self, adapter: Adapter) -> str:
+        """The card in Markdown, with the hub's header."""
+        rows = [("base model", self.base), ("made by", self.made_by), ("adapter", _shape(adapter)), *self.facts.items()]
+        rows += [(name, f"{kind}, fingerprint {digest}") for name, kind, digest in self.teachers]
+        rows += [("fingerprint", adapter.fingerprint()), ("versions", _versions())]
+        table = "\n".join(["| | |", "|---|---|", *(f"| {name} | {_cell(value)} |" for name, value in rows)])
+        usage = USAGE.format(base=self.base, scale=self.guidance_scale, diffusers=DIFFUSERS_WEIGHTS)
+        return f"---\n{self._header()}\n---\n\n# A LoRA adapter made by flowopd\n\n{table}\n\n{usage}"
+
+    def _header(self) -> str:
+        tags = ["flowopd", "lora", "flow-matching", "diffusers"]
+        return ModelCardData(
+            library_name="peft", base_model=self.hub_base(), pipeline_tag="text-to-image", tags=tags
+        ).to_yaml()
+
+    def hub_base(self) -> str | None:
+        """The frozen model's id, if it is one of the hub."""
+        return self.base if self.base.count("/") == 1 and not Path(self.base).is_dir() else None
+
+
+USAGE = """## Use
+
+With peft:
+
+```python
+pipe = StableDiffusion3Pipeline.from_pretrained("{base}", dtype=torch.bfloat16).to("cuda")
+pipe.transformer = PeftModel.from_pretrained(pipe.transformer, "PATH_OF_THIS_FOLDER").merge_and_unload()
+```
+
+or with diffusers alone:
+
+```python
+pipe.load_lora_weights("PATH_OF_THIS_FOLDER", weight_name="{diffusers}")
+```
+
+It was trained with guidance scale {scale:g}.
+"""
+
+
+def export_adapter(adapter: Adapter, folder: Path, card: ModelCard) -> None:
+    """Write an adapter for peft and for diffusers, with its card; all of it, or nothing.
+
+    Raises:
+        ValueError: if the disk is full, or the folder cannot be written to.
+    """
+    config = copy(adapter.config)
+    config.base_model_name_or_path = card.hub_base()
+    adapter = Adapter(config, adapter.tensors)
+    with complete_or_nothing(folder) as partial:
+        write_peft(adapter, partial)
+        write_diffusers(adapter, partial)
+        (partial / "README.md").write_text(card.text(adapter), encoding="utf-8")
+
+
+def write_diffusers(adapter: Adapter, folder: Path) -> None:
+    """Write what ``pipe.load_lora_weights`` reads; without the metadata it would take alpha for the rank."""
+    StableDiffusion3Pipeline.save_lora_weights(
+        str(folder),
+        transformer_lora_layers={key: value.detach().cpu().contiguous() for key, value in adapter.tensors.items()},
+        transformer_lora_adapter_metadata=adapter.config.to_dict(),
+    )
+
+
+def _shape(adapter: Adapter) -> str:
+    size = sum(value.numel() for value in adapter.tensors.values())
+    strength = f"rank {adapter.config.r}, alpha {adapter.config.lora_alpha:g}"
+    return f"{strength}, {len(adapter.modules())} modules, {size:,} parameters"
+
+
+def _versions() -> str:
+    return ", ".join([f"flowopd {__version__}", *(f"{name} {version(name)}" for name in LIBRARIES)])
+
+
+def _cell(value: str) -> str:
+    return value.replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,182 @@
+"""Folders of models, on this disk or on the hub: what is there, what is missing, and a sentence for every refusal."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from safetensors import SafetensorError, safe_open
+
+OTHER_FILES = ["*.fp16*", "*.bin", "*.msgpack", "*.onnx*", "*.gguf"]  # the same weights once more, in other formats
+SAMPLE = 1 << 16  # bytes
+TRANSFORMER = "SD3Transformer2DModel"
+
+
+def local_folder(what: str, path: str, revision: str | None, patterns: Sequence[str]) -> Path:
+    """A folder as it is, or the snapshot of a model of the hub with the files that match ``patterns``.
+
+    The token, the cache and the offline mode are huggingface_hub's own.
+
+    Args:
+        what: how to call it in sentences: "model", "adapter".
+        path: a folder, or a model id of the hub.
+        revision: branch, tag or commit on the hub.
+        patterns: of the files that are wanted.
+
+    Raises:
+        FileNotFoundError: saying what stands between us and the files.
+    """
+    if Path(path).is_dir():
+        return Path(path)
+    if Path(path).is_absolute() or path.startswith(".") or path.count("/") != 1:
+        raise FileNotFoundError(f"{what} folder {path!r} does not exist")
+    try:
+        return Path(snapshot_download(path, revision=revision, allow_patterns=[*patterns], ignore_patterns=OTHER_FILES))
+    except Exception as error:  # the hub raises many kinds; all of them mean: not here
+        raise FileNotFoundError(_refusal(error, what, path, revision)) from error
+
+
+def _refusal(error: Exception, what: str, path: str, revision: str | None) -> str:
+    if isinstance(error, GatedRepoError):
+        page = f"https://huggingface.co/{path}"
+        return f"{what} {path!r} is gated: accept its terms at {page}, then log in (`hf auth login`, or HF_TOKEN)"
+    if isinstance(error, RevisionNotFoundError):
+        return f"{what} {path!r} of the hub has no revision {revision!r}"
+    if isinstance(error, RepositoryNotFoundError | HFValidationError):
+        return (
+            f"{what} {path!r} is neither a folder nor a model that the hub shows us; check the name, or log in "
+            "(`hf auth login`, or HF_TOKEN) if it is private or gated"
+        )
+    if isinstance(error, LocalEntryNotFoundError):
+        return (
+            f"{what} {path!r} is not a folder, the hub cannot be reached, and its cache does not hold all of it; "
+            "run once with a connection (and without HF_HUB_OFFLINE), or give a folder"
+        )
+    return f"{what} {path!r} is neither a folder nor a reachable model of the hub ({type(error).__name__}: {error})"
+
+
+class ModelFiles:
+    """A diffusers model by its parts; those on the hub are fetched when they are first asked for, at one commit.
+
+    Args:
+        path: a pipeline folder, a folder of the transformer alone, or a model id of the hub.
+        revision: branch, tag or commit on the hub.
+    """
+
+    def __init__(self, path: str, revision: str | None = None) -> None:
+        self.path = path
+        self.revision = revision
+        self._root: Path | None = None
+
+    @property
+    def remote(self) -> bool:
+        """Whether the model lives on the hub."""
+        return not Path(self.path).is_dir()
+
+    @property
+    def root(self) -> Path:
+        """The folder, or the hub's snapshot of one commit; only its small files are sure to be there.
+
+        Raises:
+            FileNotFoundError: if there is none.
+        """
+        if self._root is None:
+            self._root = local_folder("model", self.path, self.revision, ["model_index.json", "config.json"])
+        return self._root
+
+    def part(self, name: str) -> Path:
+        """The folder of a part, such as ``transformer``; ``""`` is a transformer that stands alone.
+
+        Raises:
+            FileNotFoundError: if the model has no such part.
+        """
+        patterns = [f"{name}/*"] if name else ["config.json", "diffusion_pytorch_model*"]
+        if self.remote:
+            local_folder("model", self.path, self.root.name, patterns)
+        folder = self.root / name
+        if not folder.is_dir():
+            raise FileNotFoundError(f"model {self.path!r} has no {name}; expected a StableDiffusion3Pipeline folder")
+        return folder
+
+    def index(self) -> dict[str, Any]:
+        """What ``model_index.json`` says, and nothing for a transformer that stands alone.
+
+        Raises:
+            FileNotFoundError: if it is neither.
+            ValueError: if it is another kind of model.
+        """
+        for name, expected in (("model_index.json", "StableDiffusion3Pipeline"), ("config.json", TRANSFORMER)):
+            if (file := self.root / name).is_file():
+                content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+                if content.get("_class_name") != expected:
+                    raise ValueError(f"model {self.path!r} is a {content.get('_class_name')}; expected a {expected}")
+                return content if name == "model_index.json" else {}
+        raise FileNotFoundError(
+            f"model {self.path!r} has no model_index.json; expected a StableDiffusion3Pipeline folder"
+        )
+
+    def identity(self, parts: Sequence[str]) -> str:
+        """What tells these parts from any others: the hub's commit, or a digest of the files."""
+        if self.remote:
+            return f"{self.path}@{self.root.name}"
+        digest = hashlib.sha256()
+        for file in sorted(file for part in parts for file in self.part(part).rglob("*") if file.is_file()):
+            digest.update(f"{file.relative_to(self.root).as_posix()} {file.stat().st_size}".encode())
+            for sample in _samples(file):
+                digest.update(sample)
+        return digest.hexdigest()[:32]
+
+
+def _samples(file: Path) -> Iterator[bytes]:
+    """A small file whole; of a large one 33 samples from its first to its last bytes (ten gigabytes take minutes)."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        if size <= 64 * SAMPLE:
+            yield stream.read()
+            return
+        for i in range(33):
+            stream.seek(i * (size - SAMPLE) // 32)
+            yield stream.read(SAMPLE)
+
+
+@contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """Turn what the libraries say about bad files into one sentence.
+
+    Raises:
+        ValueError: naming a safetensors file that cannot be read.
+        FileNotFoundError: if something is missing.
+    """
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        for file in sorted(folder.rglob("*.safetensors")):
+            refuse_corrupt(file)
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise FileNotFoundError(f"{folder} cannot be read: {first}") from error
+
+
+def refuse_corrupt(file: Path) -> None:
+    """Raise unless the header of a safetensors file agrees with its length.
+
+    Raises:
+        ValueError: naming the file.
+    """
+    try:
+        with safe_open(file, "pt"):
+            return
+    except (SafetensorError, OSError) as error:
+        message = f"{file} is not a readable safetensors file ({error}); copy or download it again"
+        raise ValueError(message) from error

@@ -1,0 +1,35 @@
+"""Networks and tensors spread over ranks by FSDP2; what one rank has alone passes through unchanged."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def shard(network: nn.Module, mesh: DeviceMesh) -> None:
+    """Spread every block of a network, then the rest of it, over the ranks of a mesh; in place, adapters included.
+
+    The rest is given back after every forward as well: between calls each parameter is its shard, so that whoever
+    writes to it (an optimiser, an average) reaches the next forward.
+    """
+    stacks = [child for child in network.children() if isinstance(child, nn.ModuleList)]
+    for block in (block for stack in stacks for block in stack):
+        fully_shard(block, mesh=mesh, reshard_after_forward=True)
+    fully_shard(network, mesh=mesh, reshard_after_forward=True)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The full tensor, gathered from the shards of all ranks, which must all ask for it."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    gathered: Tensor = tensor.detach().to(tensor.device_mesh.device_type).full_tensor()  # type: ignore[attr-defined]
+    return gathered
+
+
+def spread(tensor: Tensor, like: Tensor) -> Tensor:
+    """This rank's part of a full tensor that all ranks have, cut as ``like`` is."""
+    if not isinstance(like, DTensor):
+        return tensor
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)

@@ -1,0 +1,62 @@
+"""CLIPScore: whether an image shows what its prompt says, by OpenAI's CLIP ViT-L/14."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from torch import Tensor, nn
+
+from flowopd.records import Prompt
+from flowopd.rewards.base import Scores
+from flowopd.rewards.clip import CLIP, OPENAI_L14, cropped, shared_clip
+from flowopd.rewards.model import ModelReward, Precision
+
+
+class CLIPScore(ModelReward):
+    """How near an image and its prompt are in CLIP,  r = s / 30,  s = 100 · cos(image, text).
+
+    The part ``paper`` is s. Rewards that ask for the same CLIP share one copy of it.
+
+    Args:
+        clip: folder of OpenAI's CLIP in open_clip's layout, or its id on the hub.
+        clip_revision: branch, tag or commit on the hub.
+        dtype: what the network computes in; 0.9 GB of weights in half precision, twice that in float32.
+        batch_size: images per forward.
+        offload: keep the weights on the CPU between uses.
+
+    References:
+        CLIPScore: A Reference-free Evaluation Metric for Image Captioning (Hessel et al., 2021).
+    """
+
+    def __init__(
+        self,
+        clip: str = OPENAI_L14,
+        clip_revision: str | None = None,
+        dtype: Precision = "float32",
+        batch_size: int = 16,
+        offload: bool = False,
+    ) -> None:
+        super().__init__(batch_size=batch_size, offload=offload)
+        self.clip = clip
+        self.clip_revision = clip_revision
+        self.dtype = dtype
+        self._clip: CLIP
+
+    def read(self) -> None:
+        """Read the shared CLIP.
+
+        Raises:
+            FileNotFoundError: if it is not there.
+            ValueError: if it cannot be read.
+        """
+        self._clip = shared_clip(self.clip, self.clip_revision, self.dtype)
+
+    def networks(self) -> Iterable[nn.Module]:
+        """The CLIP."""
+        return [self._clip]
+
+    def forward(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
+        """Each image with its own prompt."""
+        seen = self._clip.images(cropped(images, self._clip.size))
+        paper = 100 * (seen * self._clip.texts([prompt.text for prompt in prompts])).sum(dim=-1)
+        return Scores(paper / 30, {"paper": paper})

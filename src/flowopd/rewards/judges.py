@@ -1,0 +1,293 @@
+"""Vision-language models as judges, asked over the OpenAI chat API that vLLM and SGLang serve."""
+
+from __future__ import annotations
+
+import base64
+import io
+import logging
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import requests
+import torch
+from PIL import Image
+from requests.adapters import HTTPAdapter
+from torch import Tensor
+from torchvision.transforms.v2 import functional as vision
+from urllib3.util import Retry
+
+from flowopd.records import Prompt
+from flowopd.rewards.base import Scores, as_bytes
+
+log = logging.getLogger(__name__)
+
+FOLDER = Path(__file__).parent / "rubrics"
+NUMBER = r"[\s*]*([1-5](?:\.\d+)?)(?!\d)"  # "4", "**4.5", not "45"
+RETRIED = {408, 429, *range(500, 600)}
+
+
+@dataclass(frozen=True)
+class Rubric:
+    """How the answer to a built-in rubric is read, and the image it is asked about.
+
+    Args:
+        pattern: regular expressions with one group, the number; by the name of what they rate, "" if it has none.
+        resize: side of the square that the image is resized to; None leaves it as it is.
+    """
+
+    pattern: Mapping[str, str]
+    resize: int | None = None
+
+
+RUBRICS = {
+    "unified_reward": Rubric({"": f"Final Score:{NUMBER}"}, resize=512),
+    "unified_reward_2": Rubric(
+        {axis.lower(): rf"{axis} Score \(1-5\):{NUMBER}" for axis in ("Alignment", "Coherence", "Style")}
+    ),
+    "qwen_overall": Rubric({"": r"<OverallScore>\s*([1-5])\s*</OverallScore>"}),
+}
+
+
+class NoScore(Exception):
+    """Why an image has no score."""
+
+
+class Judge:
+    """What a vision-language model says of an image,  r = mean of the numbers in its answer / scale.
+
+    The answer is read by regular expressions, the last match of each. An image whose request fails, or whose answer
+    cannot be read, scores NaN; these are counted in ``failures`` and logged. The part ``paper`` is the mean of the
+    numbers before it is divided; several patterns make a part each.
+
+    Args:
+        base_url: of the server, up to and with ``/v1``.
+        model: name under which the server serves the judge.
+        template: a built-in rubric (``unified_reward``, ``unified_reward_2``, ``qwen_overall``) or a text file; the
+            prompt stands in for ``{prompt}``.
+        pattern: regular expression with one group around the number, or several by name; the rubric's own if None.
+        scale: the highest number of the rubric.
+        concurrency: requests under way at once.
+        retries: further tries after a status of 408, 429 or 5xx, a time-out, or a connection refused or dropped.
+        timeout: seconds until the server must answer.
+        max_tokens: of an answer.
+        resize: side of the square that images are resized to, pixels; the rubric's own if None.
+        api_key_env: name of the environment variable that holds the server's key.
+        on_failure: whether an image without a score is ``nan``, or ``raise`` ends the run.
+
+    Raises:
+        FileNotFoundError: if the template is neither a rubric nor a file.
+        ValueError: if a pattern is missing or cannot be used, or a number is out of range.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        model: str,
+        template: str = "unified_reward",
+        pattern: str | dict[str, str] | None = None,
+        scale: float = 5.0,
+        concurrency: int = 32,
+        retries: int = 3,
+        timeout: float = 120.0,
+        max_tokens: int = 2048,
+        resize: int | None = None,
+        api_key_env: str | None = None,
+        on_failure: Literal["nan", "raise"] = "nan",
+    ) -> None:
+        if concurrency < 1 or retries < 0 or timeout <= 0 or scale <= 0 or max_tokens < 1:
+            raise ValueError("expected concurrency and max_tokens >= 1, retries >= 0, timeout and scale > 0")
+        self.base_url = base_url.rstrip("/")
+        self.model = model
+        self.template = _text(template)
+        self.patterns = _compiled(pattern, template)
+        self.scale = scale
+        self.concurrency = concurrency
+        self.retries = retries
+        self.timeout = timeout
+        self.max_tokens = max_tokens
+        self.resize = resize or (RUBRICS[template].resize if template in RUBRICS else None)
+        self.api_key_env = api_key_env
+        self.on_failure = on_failure
+        self.failures = 0
+        self._session: requests.Session | None = None
+
+    def detail(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
+        """Scores (B,) on the images' device, with the rubric's numbers.
+
+        Raises:
+            ConnectionError: at the first use, if the server cannot be reached; later, if an image gets no score and
+                that ends the run.
+            ValueError: at the first use, if it does not serve the model or the key is missing.
+        """
+        pictures = as_bytes(images, prompts)
+        session = self._connected()
+        if self.resize:
+            pictures = vision.resize(pictures, [self.resize] * 2, vision.InterpolationMode.BICUBIC, antialias=True)
+        with ThreadPoolExecutor(self.concurrency) as pool:
+            answers = list(pool.map(lambda *job: self._judged(session, *job), pictures.cpu(), prompts))
+        return self._scores(answers, images.device)
+
+    def score(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        """Scores (B,), float32, on the images' device."""
+        return self.detail(images, prompts).value
+
+    def _judged(self, session: requests.Session, image: Tensor, prompt: Prompt) -> dict[str, float] | NoScore:
+        try:
+            return self._numbers(self._answer(session, image, prompt.text))
+        except NoScore as reason:
+            return reason
+
+    def _answer(self, session: requests.Session, image: Tensor, text: str) -> str:
+        """What the judge writes about one image (3, H, W) uint8."""
+        content = [
+            {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{_png(image)}"}},
+            {"type": "text", "text": self.template.replace("{prompt}", text)},
+        ]
+        body = {"model": self.model, "temperature": 0, "max_tokens": self.max_tokens}
+        messages = [{"role": "user", "content": content}]
+        reply = _json(session, "POST", f"{self.base_url}/chat/completions", self.timeout, body | {"messages": messages})
+        try:
+            answer = reply["choices"][0]["message"]["content"]
+        except (KeyError, IndexError, TypeError):
+            raise NoScore("the reply is not a chat completion") from None
+        if not isinstance(answer, str):
+            raise NoScore("the answer holds no text")
+        return answer
+
+    def _numbers(self, answer: str) -> dict[str, float]:
+        """The numbers in an answer, by name; the last match counts, since a judge may think aloud first."""
+        numbers = {}
+        for name, pattern in self.patterns.items():
+            found = pattern.findall(answer)
+            if not found:
+                raise NoScore(f"{pattern.pattern!r} is not in the answer, which ends with {answer[-80:]!r}")
+            numbers[name] = _number(found[-1], self.scale)
+        return numbers
+
+    def _scores(self, answers: Sequence[dict[str, float] | NoScore], device: torch.device) -> Scores:
+        self._count([answer for answer in answers if isinstance(answer, NoScore)], len(answers))
+        nothing = dict.fromkeys(self.patterns, math.nan)
+        rows = [nothing if isinstance(answer, NoScore) else answer for answer in answers]
+        columns = {name: torch.tensor([row[name] for row in rows], device=device) for name in self.patterns}
+        mean = torch.stack(list(columns.values())).mean(0)
+        return Scores(mean / self.scale, {name: column for name, column in columns.items() if name} | {"paper": mean})
+
+    def _count(self, failed: Sequence[NoScore], of: int) -> None:
+        if failed:
+            self.failures += len(failed)
+            message = f"judge {self.model}: {len(failed)} of {of} images got no score: {failed[0]}"
+            if self.on_failure == "raise":
+                raise ConnectionError(message) from failed[0]
+            log.warning(message)
+
+    def _connected(self) -> requests.Session:
+        """The session; at first use, ask whether the server serves the model."""
+        if self._session is None:
+            session = _session(self.concurrency, self.retries, _key(self.api_key_env))
+            self._check_model(session)
+            self._session = session
+        return self._session
+
+    def _check_model(self, session: requests.Session) -> None:
+        expected = "expected the base_url of an OpenAI-compatible server (vLLM, SGLang), up to and with /v1"
+        try:
+            served = [entry["id"] for entry in _json(session, "GET", f"{self.base_url}/models", self.timeout)["data"]]
+        except NoScore as error:
+            raise ConnectionError(
+                f"the judge's server at {self.base_url} did not answer ({error}); {expected}"
+            ) from error
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{self.base_url}/models is not a list of models; {expected}") from error
+        if self.model not in served:
+            raise ValueError(f"the server at {self.base_url} does not serve {self.model!r}; it serves {served}")
+
+
+def _png(image: Tensor) -> str:
+    """The image (3, H, W) uint8 in base64; little compression, since the network is faster than zlib."""
+    buffer = io.BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(buffer, "PNG", compress_level=1)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _text(template: str) -> str:
+    """The words of a built-in rubric or of a file."""
+    file = FOLDER / f"{template}.txt" if template in RUBRICS else Path(template)
+    if not file.is_file():
+        raise FileNotFoundError(f"template {template!r} is neither a file nor one of {', '.join(RUBRICS)}")
+    return file.read_text(encoding="utf-8")
+
+
+def _compiled(pattern: str | dict[str, str] | None, template: str) -> dict[str, re.Pattern[str]]:
+    """Regular expressions by name, "" for one that has none."""
+    if pattern is None and template not in RUBRICS:
+        raise ValueError(f"template {template!r} is a file; say in `pattern` how its answers are read")
+    chosen = RUBRICS[template].pattern if pattern is None else {"": pattern} if isinstance(pattern, str) else pattern
+    try:
+        compiled = {name: re.compile(expression) for name, expression in chosen.items()}
+    except re.error as error:
+        raise ValueError(f"pattern {error.pattern!r} is not a regular expression ({error})") from error
+    if not compiled or any(expression.groups != 1 for expression in compiled.values()):
+        raise ValueError(f"expected patterns with one group, around the number, got {dict(chosen)}")
+    return compiled
+
+
+def _number(text: str, scale: float) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        raise NoScore(f"{text!r} is not a number") from None
+    if not 0 <= number <= scale:
+        raise NoScore(f"{number:g} is not in [0, {scale:g}]")
+    return number
+
+
+def _key(variable: str | None) -> str | None:
+    if variable is None:
+        return None
+    if not (key := os.environ.get(variable)):
+        raise ValueError(f"the judge's key is expected in the environment variable {variable!r}, which is empty")
+    return key
+
+
+def _session(connections: int, retries: int, key: str | None) -> requests.Session:
+    """A session that tries again what may pass: 0, 1, 2, 4, ... seconds later, or when the server says, within 30."""
+    again = Retry(
+        total=retries,
+        other=0,
+        allowed_methods=None,  # any: scoring twice does no harm
+        status_forcelist=RETRIED,
+        backoff_factor=0.5,
+        backoff_max=30,
+        retry_after_max=30,
+        raise_on_status=False,
+    )
+    session = requests.Session()
+    for scheme in ("http://", "https://"):
+        session.mount(scheme, HTTPAdapter(pool_maxsize=connections, max_retries=again))
+    session.headers.update({"Authorization": f"Bearer {key}"} if key else {})
+    return session
+
+
+def _json(session: requests.Session, method: str, url: str, timeout: float, body: object = None) -> Any:  # noqa: ANN401
+    """The parsed reply.
+
+    Raises:
+        NoScore: if there is none, in a few words.
+    """
+    try:
+        response = session.request(method, url, json=body, timeout=timeout)
+    except requests.RequestException as error:
+        cause = getattr(error.args[0] if error.args else None, "reason", None) or error  # what the last try met
+        raise NoScore(type(cause).__name__) from error
+    if not response.ok:
+        raise NoScore(f"status {response.status_code}: {response.text[:80]!r}")
+    try:
+        return response.json()
+    except ValueError:
+        raise NoScore(f"the reply is not JSON: {response.text[:80]!r}") from None

@@ -1,0 +1,187 @@
+"""What forwards cost, by tracing the transformer on the meta device; and what they take on a device that is here."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from flowopd.models import LoRASpec
+from flowopd.training.shapes import Shapes, materialise
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one row of the transformer costs; guidance makes two rows of an image.
+
+    Args:
+        forward, backward: FLOP.
+        kept: bytes that a training forward keeps for backward.
+        kept_checkpointed: the same with activation checkpointing.
+        block: bytes that the largest block keeps; checkpointing computes them again, a block at a time.
+    """
+
+    forward: float
+    backward: float
+    kept: float
+    kept_checkpointed: float
+    block: float
+
+    def activations(self, checkpointing: bool) -> float:
+        """Bytes per row at the worst moment of backward."""
+        return self.kept_checkpointed + self.block if checkpointing else self.kept
+
+
+class _OnDevice(TorchFunctionMode):
+    """Makes a trace keep what an accelerator would keep: fused attention, and linear layers under autocast."""
+
+    def __init__(self, autocast: bool) -> None:
+        super().__init__()
+        self.autocast = autocast
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
+        if func is F.scaled_dot_product_attention:
+            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args[:3])[0]
+        if func is F.linear and self.autocast:
+            args = [value if value is None else value.to(torch.bfloat16) for value in args]
+        return func(*args, **(kwargs or {}))
+
+
+def trace(shapes: Shapes, lora: LoRASpec, autocast: bool) -> Cost:
+    """Run the transformer with an adapter forward and backward on the meta device, and count."""
+    network = shapes.adapted(lora)
+    network.disable_gradient_checkpointing()
+    velocity, kept, forward = _forward(network, shapes, autocast)
+    with FlopCounterMode(display=False) as backward:
+        velocity.float().sum().backward()
+    network.enable_gradient_checkpointing()
+    _, checkpointed, _ = _forward(network, shapes, autocast)
+    return Cost(forward, float(backward.get_total_flops()), kept.total(), checkpointed.total(), kept.largest())
+
+
+def _forward(network: nn.Module, shapes: Shapes, autocast: bool) -> tuple[Tensor, _Kept, float]:
+    kept = _Kept(network)
+    with _OnDevice(autocast), kept, FlopCounterMode(display=False) as counted:
+        velocity: Tensor = network(**one_row(shapes))[0]
+    return velocity, kept, float(counted.get_total_flops())
+
+
+def one_row(shapes: Shapes, rows: int = 1, device: torch.device | str = "meta") -> dict[str, Any]:
+    """What the transformer reads for some rows; on another device than meta its numbers are random."""
+    text, dtype = shapes.text(), shapes.backbone.dtype
+    sizes = {
+        "hidden_states": shapes.latent,
+        "encoder_hidden_states": text.tokens.shape[1:],
+        "pooled_projections": text.pooled.shape[1:],
+    }
+    inputs = {name: torch.randn(rows, *size, device=device, dtype=dtype) for name, size in sizes.items()}
+    return {**inputs, "timestep": torch.full((rows,), 500.0, device=device), "return_dict": False}
+
+
+class _Kept:
+    """Bytes that autograd keeps for backward, by block; weights are not counted, shared storages once."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self._weights = {t.untyped_storage()._cdata for t in (*network.parameters(), *network.buffers())}
+        self._storages: dict[int, tuple[Any, int]] = {}  # kept alive, or an address would be used twice
+        self._blocks = network.transformer_blocks
+        self._current = -1
+        self._handles: list[Any] = []
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
+
+    def __enter__(self) -> None:
+        for number, block in enumerate(self._blocks):  # type: ignore[arg-type]
+            self._handles += [
+                block.register_forward_pre_hook(lambda *_, number=number: self._enter(number)),
+                block.register_forward_hook(lambda *_: self._enter(-1)),
+            ]
+        self._hooks.__enter__()
+
+    def __exit__(self, *exception: object) -> None:
+        self._hooks.__exit__(*exception)
+        for handle in self._handles:
+            handle.remove()
+
+    def total(self) -> float:
+        return float(sum(storage.nbytes() for storage, _ in self._storages.values()))
+
+    def largest(self) -> float:
+        sizes = Counter[int]()
+        for storage, block in self._storages.values():
+            sizes[block] += storage.nbytes()
+        return float(max((size for block, size in sizes.items() if block >= 0), default=0))
+
+    def _enter(self, block: int) -> None:
+        self._current = block
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._weights:
+            self._storages.setdefault(storage._cdata, (storage, self._current))
+        return tensor
+
+
+def decode_flop(shapes: Shapes) -> float:
+    """FLOP of decoding one picture."""
+    latents = torch.empty(1, *shapes.latent, device="meta", dtype=shapes.backbone.dtype)
+    with torch.no_grad(), FlopCounterMode(display=False) as counted:
+        shapes.autoencoder().decode(latents)
+    return float(counted.get_total_flops())
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds per row of the transformer, on random weights of the true size.
+
+    Args:
+        forward: without gradient.
+        trained: forward and backward.
+    """
+
+    forward: float
+    trained: float
+
+
+def measure(shapes: Shapes, lora: LoRASpec, rows: int, autocast: bool, device: str, repeats: int = 3) -> Speed:
+    """Time forwards and training steps of some rows with random weights on ``device``."""
+    network = Shapes(shapes.backbone).adapted(lora)
+    materialise(network, device)
+    if shapes.backbone.activation_checkpointing:
+        network.enable_gradient_checkpointing()
+    inputs = one_row(shapes, rows, device)
+
+    def forward() -> Tensor:
+        with torch.autocast(device, torch.bfloat16, enabled=autocast):
+            velocity: Tensor = network(**inputs)[0]
+        return velocity.float()
+
+    def trained() -> None:
+        forward().square().mean().backward()
+
+    return Speed(
+        seconds_of(torch.no_grad()(forward), device, repeats) / rows, seconds_of(trained, device, repeats) / rows
+    )
+
+
+def seconds_of(work: Callable[[], Any], device: str, repeats: int) -> float:
+    """Seconds that a piece of work takes; a first time is not counted."""
+    work()
+    started = now(device)
+    for _ in range(repeats):
+        work()
+    return (now(device) - started) / repeats
+
+
+def now(device: str) -> float:
+    """Seconds on a clock, when the device has done its work."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return time.perf_counter()

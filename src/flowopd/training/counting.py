@@ -1,0 +1,151 @@
+"""How many forwards a recipe takes: its own code, run on a backbone that only counts."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from lightning import Callback, Trainer
+from torch import Tensor, nn
+
+from flowopd.models import Backbone
+from flowopd.records import Conditioning, Prompt
+from flowopd.teachers import Teacher
+from flowopd.training.policy import FlowPolicy
+from flowopd.training.rollout_data import RolloutDataModule
+from flowopd.training.signals import AnchorCallback, RewardCallback, TeacherCallback
+
+TRAINED, SAMPLED, DECODED = "student, trained", "student, rollout", "pictures decoded"
+
+
+def count_forwards(
+    policy: FlowPolicy, data: RolloutDataModule, callbacks: Sequence[Callback], ranks: int = 1, accumulate: int = 1
+) -> dict[str, float]:
+    """Rows of the transformer per optimiser step and rank, guidance included, and pictures decoded.
+
+    The recipe's own code runs for an iteration of every task's turn, on a backbone that only counts; a rank's share is
+    the mean over all ranks.
+    """
+    counts = Counter[str]()
+    policy, data = copy.copy(policy), copy.copy(data)
+    policy.backbone = _CountingBackbone(counts)
+    policy.log_dict = _say_nothing  # type: ignore[method-assign]
+    connect(policy, data, _counting(callbacks, counts), accumulate)
+    turns = sum(data.mixture.ratio.values()) if data.mixture.alternate else 1
+    updates = 0
+    for _ in range(turns):
+        batches = 0
+        for batch in data.train_dataloader():
+            policy.training_step(batch, batches)
+            batches += 1
+        updates += math.ceil(batches / ranks / accumulate)
+    return {name: count / ranks / updates for name, count in counts.items()}
+
+
+def connect(policy: FlowPolicy, data: RolloutDataModule, callbacks: Sequence[Callback], accumulate: int = 1) -> None:
+    """Let a policy and its data know each other, without a fit."""
+    trainer = idle_trainer(callbacks, accumulate)
+    trainer.strategy.connect(policy)
+    policy.trainer = data.trainer = trainer
+
+
+def idle_trainer(callbacks: Sequence[Callback] = (), accumulate: int = 1) -> Trainer:
+    """A trainer on one CPU that writes nothing and trains nothing."""
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    level = logger.level
+    logger.setLevel(logging.WARNING)  # which devices there are is of no interest here
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=list(callbacks),
+        accumulate_grad_batches=accumulate,
+    )
+    logger.setLevel(level)
+    return trainer
+
+
+def _say_nothing(*_: Any, **__: Any) -> None: ...
+
+
+class _CountingBackbone(Backbone):
+    """Latents of one number; a forward is a count."""
+
+    def __init__(self, counts: Counter[str]) -> None:
+        self.counts = counts
+        self._network = nn.Linear(1, 1)
+
+    @property
+    def network(self) -> nn.Module:
+        return self._network
+
+    def load(self, device: torch.device | str = "cpu") -> None: ...
+
+    def latent_shape(self) -> tuple[int, int, int]:
+        return 1, 1, 1
+
+    def encode(self, texts: Sequence[str]) -> Conditioning:
+        return Conditioning(torch.zeros(len(texts), 1, 1), torch.zeros(len(texts), 1))
+
+    def velocity(
+        self, x: Tensor, sigma: Tensor, cond: Conditioning, adapter: str | None = None, guidance_scale: float = 1.0
+    ) -> Tensor:
+        self.counts[TRAINED if torch.is_grad_enabled() else SAMPLED] += rows_of(x, guidance_scale)
+        return torch.zeros_like(x)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        self.counts[DECODED] += len(latents)
+        return torch.zeros(len(latents), 3, 1, 1)
+
+
+class _CountingTeacher:
+    def __init__(self, counts: Counter[str], name: str, guidance_scale: float) -> None:
+        self.counts = counts
+        self.name = name
+        self.guidance_scale = guidance_scale
+
+    def attach(self, backbone: Backbone) -> None: ...
+
+    def velocity(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+        self.counts[self.name] += rows_of(x, self.guidance_scale)
+        return torch.zeros_like(x)
+
+    def fingerprint(self) -> str:
+        return self.name
+
+
+class _NoReward:
+    def score(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        return torch.zeros(len(prompts))
+
+
+def rows_of(x: Tensor, guidance_scale: float) -> int:
+    """Rows of the transformer that guided velocities at x (B, C, H, W) take."""
+    return len(x) * (1 if guidance_scale == 1 else 2)
+
+
+def _counting(callbacks: Iterable[Callback], counts: Counter[str]) -> list[Callback]:
+    """The same rewards, teachers and anchor, none of which computes anything."""
+    counting: list[Callback] = []
+    for callback in callbacks:
+        if isinstance(callback, RewardCallback):
+            counting.append(RewardCallback(callback.name, _NoReward(), callback.tasks, callback.weight))
+        elif isinstance(callback, TeacherCallback | AnchorCallback):
+            scale = float(getattr(callback.teacher, "guidance_scale", 1.0))
+            stand_in = _CountingTeacher(counts, callback.name, scale)
+            counting.append(_with_teacher(callback, stand_in))
+    return counting
+
+
+def _with_teacher(callback: TeacherCallback | AnchorCallback, teacher: Teacher) -> Callback:
+    if isinstance(callback, AnchorCallback):
+        return AnchorCallback(teacher, callback.name)
+    return TeacherCallback(callback.tasks, teacher, callback.name)

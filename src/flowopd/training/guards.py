@@ -1,0 +1,259 @@
+"""Alarms while training: numbers that are none, policies that run away, pictures that collapse.
+
+``DriftMetrics`` measures pictures, ``Guard`` judges everything that is logged.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from flowopd.evaluation.drift import drift_changes, drift_figures
+from flowopd.training.policy import FlowPolicy
+from flowopd.training.rollout_data import RolloutDataModule
+
+# Changes against the start, as `evaluation.drift.drift_changes` defines them, that no healthy run has shown.
+DRIFT: Mapping[str, tuple[float, float]] = {
+    "dark_fraction": (-1.0, 0.3),
+    "edge_density": (-0.6, 3.0),
+    "colour_entropy": (-0.5, 1.0),
+    "sharpness": (-0.9, 9.0),
+    "diversity": (-0.6, 3.0),
+}
+
+SMALL = 0.01
+"""A small mean squared error of velocities, whose own mean square is about 1."""
+
+
+class Alarm(ValueError):
+    """A run that should not go on; says in one sentence what was seen."""
+
+
+class DriftMetrics(Callback):
+    """Logs the figures of ``flowopd.evaluation.drift`` beside the rewards, and their changes since the start.
+
+    A few held-out prompts are drawn from fixed noise before the first update and with every validation:
+    ``drift/<figure>`` and ``drift/<figure>_change``. Pictures that a rollout decodes (GRPO) are measured too:
+    ``rollout_drift/<figure>`` and ``rollout_drift/<figure>_change``. ``Guard`` raises the alarm.
+
+    Args:
+        prompts_per_task: held-out pictures of each task.
+    """
+
+    def __init__(self, prompts_per_task: int = 8) -> None:
+        self.prompts_per_task = prompts_per_task
+        self.start: dict[str, dict[str, float]] = {}
+        self._seen: list[dict[str, float]] = []
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure the policy before its first update, unless a checkpoint remembers it."""
+        if "drift" not in self.start:
+            self.start["drift"] = self._held_out(trainer, pl_module)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure the policy that was just validated."""
+        if trainer.state.fn == "fit" and "drift" in self.start:
+            self._log("drift", self._held_out(trainer, pl_module), pl_module)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """See what the next rollouts decode; a decoder is the one door that every picture comes through."""
+        backbone, self._seen = cast(FlowPolicy, pl_module).backbone, []
+        decode = backbone.decode
+
+        def watched(latents: Tensor) -> Tensor:
+            images = decode(latents)
+            self._seen.append(drift_figures(images))
+            return images
+
+        vars(backbone)["decode"] = watched
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:  # noqa: ANN401
+        """The rollouts are there with the first batch."""
+        if batch_idx > 0:
+            return
+        self._unwatch(pl_module)
+        if self._seen:
+            figures = {name: sum(one[name] for one in self._seen) / len(self._seen) for name in self._seen[0]}
+            self.start.setdefault("rollout_drift", figures)
+            self._log("rollout_drift", figures, pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave the backbone as it was."""
+        self._unwatch(pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The figures at the start: a resumed run cannot measure them again."""
+        return {"start": self.start}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Remember the start."""
+        self.start = state_dict["start"]
+
+    def _held_out(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
+        data = cast(RolloutDataModule, trainer.datamodule)  # type: ignore[attr-defined]
+        batch = data.few_held_out(self.prompts_per_task)
+        return drift_figures(cast(FlowPolicy, pl_module).draw(batch.prompts, batch.noise))
+
+    def _log(self, stage: str, figures: Mapping[str, float], module: LightningModule) -> None:
+        changes = {f"{name}_change": value for name, value in drift_changes(figures, self.start[stage]).items()}
+        named = {f"{stage}/{name}": value for name, value in {**figures, **changes}.items()}
+        module.log_dict(named, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
+
+    def _unwatch(self, pl_module: LightningModule) -> None:
+        vars(cast(FlowPolicy, pl_module).backbone).pop("decode", None)
+
+
+class Guard(Callback):
+    """Stops a run, or warns, before a bad state is saved; the last good checkpoint survives.
+
+    Looks at the loss and the gradient before every optimiser step (a bad one is not taken), and at the end of every
+    iteration at the weights and at what was logged: ratios, the distance to the teacher, pictures.
+
+    Args:
+        on_alarm: ``stop`` ends the run with one sentence; ``warn`` says it once, keeps a copy of the last checkpoint as
+            ``good.ckpt`` and goes on.
+        log_ratio: largest ``*/log_ratio`` of an iteration, in absolute nats per latent dimension.
+        growth: largest factor by which ``distill/velocity_mse`` may exceed its value in the first iteration, or 0.01.
+        limits: largest absolute value of other logged metrics, by name.
+        drift: lowest and highest change of each figure of ``DriftMetrics`` since the start; default: ``DRIFT``.
+    """
+
+    def __init__(
+        self,
+        on_alarm: Literal["stop", "warn"] = "stop",
+        log_ratio: float = 0.05,
+        growth: float = 5.0,
+        limits: dict[str, float] | None = None,
+        drift: dict[str, tuple[float, float]] | None = None,
+    ) -> None:
+        self.on_alarm = on_alarm
+        self.log_ratio = log_ratio
+        self.growth = growth
+        self.limits = {"anchor/loss": 1.0} | (limits or {})
+        self.drift = {**DRIFT, **(drift or {})}
+        self.start: dict[str, float] = {}
+        self._finite_loss: Tensor | None = None
+        self._told: set[str] = set()
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Remember whether the losses of this update are finite, without waiting for the device."""
+        finite = loss.detach().isfinite()
+        self._finite_loss = finite if self._finite_loss is None else self._finite_loss & finite
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Refuse an update that would poison the weights."""
+        finite, self._finite_loss = self._finite_loss is None or bool(self._finite_loss), None
+        if _anywhere(trainer, not finite):
+            self._refuse_update(trainer, pl_module, "the loss is not a finite number")
+        elif not _is_scaled(trainer) and _anywhere(trainer, bool(_bad(_gradients(pl_module)))):
+            names = ", ".join(_bad(_gradients(pl_module))[:1]) or "on another rank"
+            self._refuse_update(trainer, pl_module, f"the gradient is not finite ({names})")
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Judge the iteration; lightning saves its checkpoint after this."""
+        if _anywhere(trainer, bool(_bad(_weights(pl_module)))):
+            self._raise(trainer, "weights", "the trained weights are not finite")
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        for kind, saw in self._faults(metrics):
+            self._raise(trainer, kind, saw)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the first iteration looked like."""
+        return {"start": self.start}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Remember the first iteration."""
+        self.start = state_dict["start"]
+
+    def _faults(self, metrics: Mapping[str, float]) -> Iterator[tuple[str, str]]:
+        for name, value in metrics.items():
+            if (reason := self._fault(name, value)) is not None:
+                yield name, f"{name} is {value:.3g}, {reason}"
+
+    def _fault(self, name: str, value: float) -> str | None:
+        if name.endswith("/loss") and not math.isfinite(value):
+            return "not a finite number"
+        if name.endswith("/log_ratio") and not abs(value) <= self.log_ratio:
+            return f"beyond the limit of {self.log_ratio:g} nats per latent dimension"
+        if name in self.limits and not abs(value) <= self.limits[name]:
+            return f"beyond its limit of {self.limits[name]:g}"
+        if name == "distill/velocity_mse":
+            return self._grown(name, value)
+        return self._drifted(name, value)
+
+    def _grown(self, name: str, value: float) -> str | None:
+        start = max(self.start.setdefault(name, value), SMALL)  # a student may start at its teacher
+        grown = not value <= self.growth * start
+        return f"more than {self.growth:g} times the {start:.3g} of the first iteration" if grown else None
+
+    def _drifted(self, name: str, value: float) -> str | None:
+        stage, _, figure = name.removesuffix("_change").partition("/")
+        if stage not in ("drift", "rollout_drift") or not name.endswith("_change") or figure not in self.drift:
+            return None
+        low, high = self.drift[figure]
+        return None if low <= value <= high else f"outside [{low:g}, {high:g}]: the pictures changed since the start"
+
+    def _refuse_update(self, trainer: Trainer, module: LightningModule, saw: str) -> None:
+        self._raise(trainer, saw, f"{saw} in update {trainer.global_step + 1}, which was not taken")
+        for parameter in module.parameters():  # warned: leave the update out
+            parameter.grad = None
+
+    def _raise(self, trainer: Trainer, kind: str, saw: str) -> None:
+        if kind in self._told:
+            return
+        self._told.add(kind)
+        last = _last_checkpoint(trainer)
+        if self.on_alarm == "stop":
+            kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
+            raise Alarm(f"stopped in iteration {trainer.current_epoch + 1}: {saw}; {kept}")
+        kept = f"; the last checkpoint is kept as {_keep(trainer, last)}" if last else ""
+        rank_zero_warn(f"iteration {trainer.current_epoch + 1}: {saw}{kept}")
+
+
+def _gradients(module: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+
+
+def _weights(module: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
+
+
+def _bad(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of tensors that are not finite; of sharded ones, this rank's part is looked at."""
+    if not tensors:
+        return []
+    local = [getattr(tensor, "to_local", lambda tensor=tensor: tensor)() for tensor in tensors.values()]
+    finite = torch.stack([part.isfinite().all() for part in local]).tolist()
+    return [name for name, ok in zip(tensors, finite, strict=True) if not ok]
+
+
+def _anywhere(trainer: Trainer, here: bool) -> bool:
+    """Whether it is so on any rank; all ranks learn the same."""
+    return bool(trainer.strategy.reduce_boolean_decision(here, all=False))
+
+
+def _is_scaled(trainer: Trainer) -> bool:
+    """Whether a gradient scaler (16-mixed) looks for overflows itself, and skips their updates."""
+    return getattr(trainer.precision_plugin, "scaler", None) is not None
+
+
+def _last_checkpoint(trainer: Trainer) -> Path | None:
+    saver = trainer.checkpoint_callback
+    path = getattr(saver, "last_model_path", "") or getattr(saver, "best_model_path", "")
+    return Path(path) if path and Path(path).exists() else None
+
+
+def _keep(trainer: Trainer, last: Path) -> Path:
+    kept = last.with_name("good.ckpt")
+    if trainer.is_global_zero and not kept.exists():
+        (shutil.copytree if last.is_dir() else shutil.copy)(last.resolve(), kept)
+    return kept

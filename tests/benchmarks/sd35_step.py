@@ -1,0 +1,265 @@
+"""One OPD optimiser step on random weights of Stable Diffusion 3.5 Medium's size, part by part.
+
+Two teachers and MAR, 16 images of 512 pixels, ten steps of which nine are trained, guidance 4.5:
+
+    python tests/benchmarks/sd35_step.py                       on a GPU
+    python tests/benchmarks/sd35_step.py --checkpointing --rows 4        on one of 24 GB
+    python tests/benchmarks/sd35_step.py --tiny                anywhere
+"""
+
+import argparse
+import json
+import resource
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from lightning import Callback, Trainer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from flowopd.core import Anchored, TransitionKL, Uniform
+from flowopd.models import LoRASpec, SD3Backbone
+from flowopd.models.lora import Adapter, save_adapter, take_adapter
+from flowopd.records import Conditioning, Prompt
+from flowopd.rollouts import Sampler
+from flowopd.teachers import LoRATeacher
+from flowopd.training import AnchorCallback, OPDStudent, RolloutDataModule, TeacherCallback
+from flowopd.training.costs import now
+from flowopd.training.plan import Hardware, Plan, plan
+from flowopd.training.shapes import ADAPTER, Shapes, materialise
+
+PARTS = ("rollout forward", "teachers", "anchor", "student forward", "backward", "optimiser", "the rest")
+GUIDANCE = 4.5
+TINY = {
+    "transformer": {
+        "num_layers": 2,
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "joint_attention_dim": 32,
+        "caption_projection_dim": 16,
+        "pooled_projection_dim": 32,
+        "sample_size": 8,
+        "pos_embed_max_size": 8,
+        "in_channels": 4,
+        "out_channels": 4,
+        "qk_norm": "rms_norm",
+        "dual_attention_layers": [0],
+    },
+    "vae": {"block_out_channels": [4, 8], "down_block_types": ["DownEncoderBlock2D"] * 2, "norm_num_groups": 2}
+    | {"up_block_types": ["UpDecoderBlock2D"] * 2, "latent_channels": 4},
+    "text_encoder": {"max_position_embeddings": 16, "hidden_size": 16, "num_attention_heads": 2},
+    "text_encoder_2": {"max_position_embeddings": 16, "hidden_size": 16, "num_attention_heads": 2},
+}
+
+
+class Clock(Callback):
+    """Seconds by part, of the iterations after the first."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.seconds = Counter[str]()
+        self.total = 0.0
+        self.static = 0
+        self._optimiser = 0.0
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        started = now(self.device)
+        yield
+        self.seconds[name] += now(self.device) - started
+
+    def on_train_epoch_start(self, trainer, pl_module) -> None:
+        self.seconds.clear()
+        self.total = -now(self.device)
+        if self.device == "cuda":
+            self.static = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+        self._optimiser = now(self.device)
+
+    def on_train_batch_end(self, trainer, pl_module, *_) -> None:
+        if self._optimiser:
+            self.seconds["optimiser"] += now(self.device) - self._optimiser
+            self._optimiser = 0.0
+
+    def on_train_epoch_end(self, trainer, pl_module) -> None:
+        self.total += now(self.device)
+        self.seconds["the rest"] = self.total - sum(self.seconds.values())
+
+
+class RandomSD3(SD3Backbone):
+    """A backbone of random numbers, whose texts are encoded as random numbers."""
+
+    def load(self, device: torch.device | str = "cpu") -> None:
+        if self._network is None:
+            self._network = Shapes(self).transformer()
+            materialise(self._network, device)
+            if self.activation_checkpointing:
+                self._network.enable_gradient_checkpointing()
+
+    def latent_shape(self) -> tuple[int, int, int]:
+        return Shapes(self).latent
+
+    def encode(self, texts: Sequence[str]) -> Conditioning:
+        like = Shapes(self).text()
+        noise = torch.Generator().manual_seed(0)
+        parts = [torch.randn(len(texts), *part.shape[1:], generator=noise) for part in (like.tokens, like.pooled)]
+        return Conditioning(*parts).to(self._device(), self.dtype)
+
+
+class TimedStudent(OPDStudent):
+    """An OPD student that is watched."""
+
+    clock: Clock
+
+    def rollout(self, prompts, noise):
+        with self.clock.part("rollout forward"):
+            return super().rollout(prompts, noise)
+
+    def training_step(self, batch, batch_idx: int) -> Tensor:
+        with self.clock.part("student forward"):
+            return super().training_step(batch, batch_idx)
+
+    def backward(self, loss: Tensor, *args, **kwargs) -> None:
+        with self.clock.part("backward"):
+            super().backward(loss, *args, **kwargs)
+
+
+class TimedTeacher(LoRATeacher):
+    """A teacher that is watched."""
+
+    def __init__(self, path: str, clock: Clock, part: str) -> None:
+        super().__init__(path, guidance_scale=GUIDANCE)
+        self.clock, self.part = clock, part
+
+    def velocity(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+        with self.clock.part(self.part):
+            return super().velocity(x, sigma, cond)
+
+
+class Words:
+    """Texts of one task."""
+
+    def __init__(self, task: str) -> None:
+        self.task = task
+
+    def draw(self, count: int, seed: int) -> list[Prompt]:
+        return [Prompt(f"{self.task} {seed} {i}", self.task) for i in range(count)]
+
+
+def random_adapter(shapes: Shapes, folder: Path, seed: int) -> str:
+    """Save an adapter of random numbers."""
+    empty = take_adapter(shapes.adapted(LoRASpec()), ADAPTER)
+    noise = torch.Generator().manual_seed(seed)
+    tensors = {key: 0.01 * torch.randn(value.shape, generator=noise) for key, value in empty.tensors.items()}
+    save_adapter(Adapter(empty.config, tensors), folder)
+    return str(folder)
+
+
+def recipe(options: argparse.Namespace, clock: Clock, folder: Path):
+    """Policy, data and callbacks."""
+    where = {"path": "stabilityai/stable-diffusion-3.5-medium", "resolution": 512, "max_sequence_length": 128}
+    if options.tiny:
+        where = {"path": str(tiny_configs(folder / "model")), "dtype": "float32", "max_sequence_length": 0}
+    backbone = RandomSD3(**where, activation_checkpointing=options.checkpointing)
+    sampler = Sampler(num_steps=10, guidance_scale=GUIDANCE)
+    policy = TimedStudent(backbone, Anchored(TransitionKL(Uniform()), weighting=Uniform()), sampler)
+    policy.clock = clock
+    tasks = {task: Words(task) for task in ("geneval", "ocr")}
+    data = RolloutDataModule(tasks, options.images, batch_size=options.rows, fused=options.fused)
+    shapes = Shapes(backbone)
+    paths = [random_adapter(shapes, folder / str(seed), seed) for seed in range(3)]
+    teachers = [
+        TeacherCallback([task], TimedTeacher(path, clock, "teachers"))
+        for task, path in zip(tasks, paths[:2], strict=True)
+    ]
+    return policy, data, [*teachers, AnchorCallback(TimedTeacher(paths[2], clock, "anchor"))]
+
+
+def tiny_configs(folder: Path) -> Path:
+    """A model's configs without its weights."""
+    for part, config in TINY.items():
+        (folder / part).mkdir(parents=True, exist_ok=True)
+        (folder / part / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def main(words: Sequence[str] | None = None) -> dict:
+    """Run, print a table, and return what it says."""
+    options = parsed(words)
+    device = "cuda" if torch.cuda.is_available() and not options.tiny else "cpu"
+    with tempfile.TemporaryDirectory() as scratch:
+        clock, accumulate = Clock(device), 9 * options.images // options.rows
+        policy, data, callbacks = recipe(options, clock, Path(scratch))
+        precision = "32-true" if options.tiny else options.precision
+        planned = plan(policy, data, callbacks, Hardware(accumulate=accumulate, autocast="mixed" in precision))
+        quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+        trainer = Trainer(
+            accelerator=device,
+            devices=1,
+            max_epochs=2,
+            precision=precision,
+            accumulate_grad_batches=accumulate,
+            gradient_clip_val=1.0,
+            callbacks=[*callbacks, clock],
+            limit_val_batches=0,
+            num_sanity_val_steps=0,
+            **quiet,
+        )
+        trainer.fit(policy, data)
+    return report(options, clock, planned)
+
+
+def parsed(words: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true", help="a small model on the CPU")
+    parser.add_argument("--fused", action="store_true", help="the forward that trains also advances the trajectory")
+    parser.add_argument("--checkpointing", action="store_true", help="activation checkpointing")
+    parser.add_argument("--images", type=int, default=16, help="images of an optimiser step")
+    parser.add_argument("--rows", type=int, default=16, help="images of one forward")
+    parser.add_argument("--precision", default="bf16-mixed", help="of lightning's trainer")
+    parser.add_argument("--folder", type=Path, help="where to write sd35_step.json")
+    return parser.parse_args(words)
+
+
+def report(options: argparse.Namespace, clock: Clock, planned: Plan) -> dict:
+    """The figures of the second iteration, printed and written."""
+    flop = sum(planned.flop.values())
+    on_gpu = clock.device == "cuda"
+    peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    found = {
+        "device": torch.cuda.get_device_name() if on_gpu else "CPU",
+        "options": {name: str(value) for name, value in vars(options).items()},
+        "seconds": {part: clock.seconds[part] for part in PARTS},
+        "seconds_in_all": clock.total,
+        "tflop": flop / 1e12,
+        "tflop_per_second": flop / 1e12 / clock.total,
+        "static_gb": clock.static / 1e9 if on_gpu else None,
+        "static_gb_planned": (planned.static() - planned.always["autoencoder"]) / 1e9,
+        "peak_gb": peak / 1e9,
+    }
+    show(found)
+    if options.folder is not None:
+        (options.folder / "sd35_step.json").write_text(json.dumps(found, indent=1))
+    return found
+
+
+def show(found: dict) -> None:
+    table = Table(f"one optimiser step on {found['device']}", "seconds")
+    for part in PARTS:
+        table.add_row(part, f"{found['seconds'][part]:.3f}")
+    table.add_section()
+    table.add_row("in all", f"{found['seconds_in_all']:.3f}", style="bold")
+    for name in ("tflop", "tflop_per_second", "static_gb", "static_gb_planned", "peak_gb"):
+        table.add_row(name, "" if found[name] is None else f"{found[name]:.3f}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

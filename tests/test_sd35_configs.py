@@ -1,0 +1,216 @@
+"""The laws of configs/sd35: every file parses, builds and runs, with a tiny pipeline in place of the real one."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import yaml
+from torch import Tensor
+
+from flowopd import lightning_cli
+from flowopd.cli import main
+from flowopd.models.lora import read_adapter
+from flowopd.records import Prompt
+from flowopd.training import FlowPolicy
+
+CONFIGS = Path(__file__).parent.parent / "configs" / "sd35"
+RECIPES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+OVERLAYS = sorted(path.stem for path in (CONFIGS / "hardware").glob("*.yaml"))
+WANTED = (
+    "teacher_geneval teacher_ocr teacher_pickscore teacher_deqa grpo_mix cold_start_merge cold_start_sft opd opd_sft"
+)
+WANTED += " opd_no_mar opd_released opd_paper evaluate"
+RANKS = {"24gb": 1, "1x80gb": 1, "8x80gb_fsdp": 8, "multinode": 16}
+STUB = {"class_path": "test_sd35_configs.Redness"}
+
+
+class Redness:
+    """In place of rewards that read weights."""
+
+    def score(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        return images[:, 0].mean((1, 2))
+
+
+PUBLISHED = ["jieliu/SD3.5M-FlowGRPO-GenEval", "jieliu/SD3.5M-FlowGRPO-Text", "CostaliyA/SD3.5M-FlowGRPO-Deqa-Mix"]
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_pipeline_without_t5) -> str:
+    return tiny_pipeline_without_t5
+
+
+@pytest.fixture(scope="module")
+def adapters(pipeline, tmp_path_factory) -> dict[str, str]:
+    """A tiny adapter in place of every published one."""
+    folder = tmp_path_factory.mktemp("adapters")
+    return {path: tiny.expert(folder / str(seed), pipeline, seed, std=0.05) for seed, path in enumerate(PUBLISHED)}
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.txt").write_text("a cat\na dog\na house by the sea\n")
+
+
+@pytest.fixture
+def config(pipeline, adapters):
+    """Write a copy of a recipe with a tiny pipeline, tiny adapters and rewards without weights."""
+
+    def write(name: str, stub: bool = True) -> str:
+        content = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+        options = content["model"]["init_args"]
+        options["backbone"]["init_args"] = {"path": pipeline, "dtype": "float32", "max_sequence_length": 0}
+        for holder in (options.get("start"), options.get("strategy")):
+            if isinstance(holder, dict) and "adapters" in holder.get("init_args", {}):
+                holder["init_args"]["adapters"] = [adapters[path] for path in holder["init_args"]["adapters"]]
+        if isinstance(options.get("start"), str):
+            options["start"] = next(iter(adapters.values()))
+        for source in sources(content["data"]["init_args"]):
+            if source["class_path"] == "flowopd.PromptFile":
+                source["init_args"]["path"] = "prompts.txt"
+        callbacks = content["trainer"]["callbacks"]
+        content["trainer"]["callbacks"] = [
+            one for one in callbacks if one["class_path"] != "flowopd.ImageGrid" or not stub
+        ]
+        for callback in callbacks:
+            given = callback.get("init_args", {})
+            teacher = given.get("teacher", {}).get("init_args", {})
+            if "path" in teacher:
+                teacher["path"] = adapters[teacher["path"]]
+            if stub and "reward" in given:
+                given["reward"] = STUB
+        Path(f"{name}.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+        return f"{name}.yaml"
+
+    return write
+
+
+def sources(data: dict) -> list[dict]:
+    return [*data["prompts"].values(), *data["evaluation_prompts"].values()]
+
+
+@pytest.fixture
+def flowopd(monkeypatch):
+    def run(*words: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["flowopd", *words])
+        main()
+
+    return run
+
+
+@pytest.fixture
+def built(monkeypatch, flowopd):
+    """Build a run, and give what would run."""
+
+    def build(*words: str) -> lightning_cli.FlowCLI:
+        made = []
+        monkeypatch.setattr(lightning_cli.LightningCLI, "_run_subcommand", lambda cli, _: made.append(cli))
+        flowopd(*words)
+        return made[0]
+
+    return build
+
+
+CPU = ["--trainer.accelerator", "cpu", "--trainer.precision", "32-true", "--trainer.default_root_dir", "run"]
+
+
+def test_every_recipe_and_every_overlay_that_was_promised_is_there():
+    assert sorted(WANTED.split()) == RECIPES
+    assert sorted(RANKS) == OVERLAYS
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_builds_with_its_own_rewards(name, config, built):
+    pytest.importorskip("rapidocr")
+    cli = built("test" if name == "evaluate" else "fit", "--config", config(name, stub=False), *CPU)
+    assert isinstance(cli.model, FlowPolicy)
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_every_overlay_builds_on_the_main_recipe(overlay, config, built):
+    cli = built("fit", "--config", config("opd"), "--config", str(CONFIGS / "hardware" / f"{overlay}.yaml"), *CPU)
+    assert cli.trainer.num_devices * cli.trainer.num_nodes == RANKS[overlay]
+    assert cli.model.backbone.activation_checkpointing == (overlay == "24gb")
+    chunks = 128 // RANKS[overlay] // cli.datamodule.batch_size
+    assert cli.trainer.accumulate_grad_batches == 9 * chunks
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_sizes_divide_on_every_hardware(name, overlay):
+    recipe = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    changes = yaml.safe_load((CONFIGS / "hardware" / f"{overlay}.yaml").read_text()).get("data", {"init_args": {}})
+    data = {"prompts_per_iteration": 16, "group_size": 1, "batch_size": 16} | recipe["data"]["init_args"]
+    data |= changes["init_args"]
+    if "updates_per_iteration" not in recipe:
+        return  # nothing is trained
+    prompts, rest = divmod(data["prompts_per_iteration"], RANKS[overlay])
+    chunks, more = divmod(prompts * data["group_size"], data["batch_size"])
+    batches = 4 if name == "cold_start_sft" else 9
+    assert rest == more == chunks * batches % recipe["updates_per_iteration"] == 0
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_say_what_the_sources_say(name):
+    content = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    model, data = content["model"]["init_args"], content["data"]["init_args"]
+    sampler = model["sampler"]["init_args"]
+    assert (sampler["num_steps"], sampler["eval_steps"]) == (10, 40)
+    assert sampler.get("guidance_scale") == (None if name == "cold_start_sft" else 4.5)
+    if name.startswith("teacher_"):
+        assert model["objective"]["init_args"]["strength"] == (0.01 if name.endswith("pickscore") else 0.04)
+        assert (data["prompts_per_iteration"], data["group_size"]) == (48, 24)
+    if "optimizer" in model:
+        single = name.startswith("teacher_")
+        assert model["optimizer"]["init_args"] == {"lr": 3e-4 if single else 1e-4, "weight_decay": 1e-4}
+        assert content["trainer"]["gradient_clip_val"] == 1.0
+
+
+SMALL = {
+    "data.init_args.evaluation_count": 2,
+    "data.init_args.prompts_per_iteration": 4,
+    "data.init_args.batch_size": 4,
+    "model.init_args.sampler.init_args.num_steps": 3,
+    "model.init_args.sampler.init_args.eval_steps": 2,
+    "trainer.max_epochs": 2,
+    "trainer.check_val_every_n_epoch": 1,
+    "updates_per_iteration": 1,
+}
+SIBLINGS = {"data.init_args.group_size": 2}
+UNTRAINED = {"trainer.max_epochs": None, "trainer.check_val_every_n_epoch": None, "updates_per_iteration": None}
+CHANGES = {
+    "cold_start_merge": UNTRAINED,
+    "evaluate": UNTRAINED,
+    "grpo_mix": SIBLINGS | {"data.init_args.prompts_per_iteration": 5},
+    "opd_paper": SIBLINGS,
+    "opd_released": SIBLINGS,
+    "cold_start_sft": {"data.init_args.batch_size": 2},
+} | {name: SIBLINGS for name in RECIPES if name.startswith("teacher_")}
+
+
+def options(name: str) -> list[str]:
+    values = SMALL | CHANGES.get(name, {})
+    if name == "grpo_mix":
+        values["data.init_args.batch_size"] = 5
+    return [word for key, value in values.items() if value is not None for word in (f"--{key}", str(value))]
+
+
+ALIKE = {"opd_sft", "opd_no_mar", "teacher_ocr", "teacher_pickscore", "teacher_deqa"}  # run by `pytest -m slow`
+RUNS = [pytest.param(name, marks=pytest.mark.slow) if name in ALIKE else name for name in RECIPES]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_every_recipe_runs_two_steps(name, config, flowopd):
+    flowopd("test" if name == "evaluate" else "fit", "--config", config(name), *CPU, *options(name))
+    models = [line.split("|")[1].strip() for line in Path("run/results.md").read_text().splitlines()[2:]]
+    assert models[0] == "base"
+    assert models[-1] == "student"
+    if name == "evaluate":
+        return
+    adapter = read_adapter("run/adapter")
+    assert all(bool(tensor.isfinite().all()) for tensor in adapter.tensors.values())
+    if name != "cold_start_merge":
+        assert torch.load("run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 2

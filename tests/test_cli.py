@@ -219,7 +219,9 @@ def test_a_checkpoint_that_is_none_is_refused(config, refusal):
 
 
 def test_an_unknown_subcommand_is_one_sentence(refusal):
-    assert "invalid choice: 'bogus' (choose from 'fit', 'validate', 'test', 'predict')" in refusal("bogus")
+    assert "there is no verb 'bogus'; expected one of fit, validate, test, predict, plan, check, data" in refusal(
+        "bogus"
+    )
 
 
 def test_help_and_version_answer_without_torch():

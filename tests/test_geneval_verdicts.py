@@ -494,21 +494,43 @@ def test_colours_are_asked_only_of_objects_that_a_verdict_reads(worlds):
 # ------------------------------------------------------------------------------------------------------------- metadata
 
 
+def asks(*include, **more):
+    return {"tag": "colors", "include": list(include), **more}
+
+
 BAD = {
     "nothing": ({}, "^prompt 'a cat' has no GenEval metadata, only \\[\\]; expected 'tag' and 'include'"),
-    "no clause": ({"tag": "colors", "include": []}, "has no GenEval metadata"),
+    "no clause": (asks(), "has no GenEval metadata"),
     "no tag": ({"include": [A_CAT]}, "has no GenEval metadata, only \\['include'\\]"),
-    "no count": ({"tag": "x", "include": [{"class": "cat"}]}, "^prompt 'a cat': a GenEval clause needs 'class' and"),
-    "object": ({"tag": "x", "include": [clause("dragon")]}, "unknown object 'dragon'; GenEval knows COCO's 80"),
-    "excluded object": ({"tag": "x", "include": [A_CAT], "exclude": [clause("elf")]}, "unknown object 'elf'"),
-    "coco's own name": ({"tag": "x", "include": [clause("mouse")]}, "unknown object 'mouse'"),
-    "colour": ({"tag": "x", "include": [clause("cat", 1, "mauve")]}, "unknown colour 'mauve'; expected one of red, "),
-    "relation": ({"tag": "x", "include": [A_CAT, clause("dog", 1, None, ("near", 0))]}, "unknown relation 'near'"),
-    "itself": ({"tag": "x", "include": [clause("cat", 1, None, ("above", 0))]}, "clause 0 is placed relative to"),
-    "a later one": ({"tag": "x", "include": [A_CAT, clause("dog", 1, None, ("above", 2))]}, "expected an earlier one"),
-    "half a position": ({"tag": "x", "include": [A_CAT, clause("dog", 1, None, ("above",))]}, r"\[relation, clause\]"),
-    "no number": ({"tag": "x", "include": [clause("cat", "two")]}, "expected a count of at least 1 cat, got 'two'"),
-    "none": ({"tag": "x", "include": [clause("cat", 0)]}, "expected a count of at least 1 cat, got 0"),
+    "no mapping": (asks("cat"), "a GenEval clause needs 'class' and 'count', got 'cat'"),
+    "no list": ({"tag": "colors", "include": 3}, "^prompt 'a cat': 'int' object is not iterable"),
+    "unknown tag": ({"tag": "Counting", "include": [A_CAT]}, "unknown tag 'Counting'; expected one of single_object"),
+    "no count": (
+        {"tag": "colors", "include": [{"class": "cat"}]},
+        "^prompt 'a cat': a GenEval clause needs 'class' and",
+    ),
+    "object": (asks(clause("dragon")), "unknown object 'dragon'; GenEval knows COCO's 80"),
+    "excluded object": (asks(A_CAT, exclude=[clause("elf")]), "unknown object 'elf'"),
+    "coco's own name": (asks(clause("mouse")), "unknown object 'mouse'"),
+    "colour": (
+        {"tag": "colors", "include": [clause("cat", 1, "mauve")]},
+        "unknown colour 'mauve'; expected one of red, ",
+    ),
+    "relation": (asks(A_CAT, clause("dog", 1, None, ("near", 0))), "unknown relation 'near'"),
+    "itself": (asks(clause("cat", 1, None, ("above", 0))), "clause 0 is placed relative to"),
+    "a later one": (
+        {"tag": "colors", "include": [A_CAT, clause("dog", 1, None, ("above", 2))]},
+        "expected an earlier one",
+    ),
+    "half a position": (
+        {"tag": "colors", "include": [A_CAT, clause("dog", 1, None, ("above",))]},
+        r"\[relation, clause\]",
+    ),
+    "no number": (
+        {"tag": "colors", "include": [clause("cat", "two")]},
+        "expected a count of at least 1 cat, got 'two'",
+    ),
+    "none": (asks(clause("cat", 0)), "expected a count of at least 1 cat, got 0"),
 }
 
 

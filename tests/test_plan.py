@@ -294,3 +294,13 @@ def test_the_benchmark_runs_tiny(tmp_path, capsys):
     for part in sd35_step.PARTS:
         assert part in shown
     assert Path(tmp_path, "sd35_step.json").exists()
+
+
+@pytest.mark.gpu
+def test_a_step_of_true_size_fits_24_gigabytes(tmp_path):
+    from benchmarks import sd35_step
+
+    found = sd35_step.main(["--checkpointing", "--rows", "4", "--folder", str(tmp_path)])
+    assert found["static_gb"] <= 6
+    assert found["peak_gb"] <= 24
+    assert found["static_gb"] == pytest.approx(found["static_gb_planned"], rel=0.1)

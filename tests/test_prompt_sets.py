@@ -287,6 +287,8 @@ def test_the_papers_ocr_prompts_get_their_targets(site, tmp_path, monkeypatch, c
         ("pickapic", ["--source", "none.txt"], "prompt file 'none.txt' does not exist"),
         ("ocr_paper", ["--source", "{site}/p.txt"], "prompt 'a dog' asks for no text"),
         ("compbench", ["--sha256", "0"], "one sha256 cannot fit the eight files"),
+        ("ocr", ["--count", "0"], "expected a count of at least 1, got 0"),
+        ("geneval", ["--sead", "1"], "unrecognized arguments: --sead 1"),
         ("geneval", ["--split", "val"], r"Expected a typing.Literal\['train', 'test'\]. Got value: val"),
     ],
 )
@@ -296,7 +298,8 @@ def test_a_set_that_cannot_be_had_is_one_sentence_and_no_file(
     with pytest.raises(SystemExit) as end:
         data(name, tmp_path / "p.jsonl", monkeypatch, *[option.format(site=site) for option in options])
     assert end.value.code == 2
-    assert re.search(sentence, capsys.readouterr().err)
+    said = capsys.readouterr().err
+    assert re.match(f"flowopd: error: .*{sentence}.*\n$", said)
     assert [path.name for path in tmp_path.iterdir()] == ["site"]
 
 

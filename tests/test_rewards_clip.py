@@ -561,8 +561,9 @@ def sentence(error):
         (torch.zeros(3, 3, 28, 28), "expected one prompt per image, got 3 images and 4 prompts"),
         (torch.zeros(4, 3, 28, 28, dtype=torch.long), "expected images of dtype uint8, or float in [0, 1]"),
         (torch.full((4, 3, 28, 28), 255.0), "expected images in [0, 1], got [255, 255]"),
+        (["a.png"] * 4, "expected images as a tensor of shape (B, 3, H, W), got list"),
     ],
-    ids=["no channels", "grey", "a prompt too many", "integers", "range"],
+    ids=["no channels", "grey", "a prompt too many", "integers", "range", "no tensor"],
 )
 def test_bad_images_are_refused_before_anything_is_read(name, images, says, tmp_path):
     with pytest.raises(ValueError, match=re.escape(says)) as error:
@@ -644,9 +645,16 @@ def test_a_checkpoint_with_code_is_refused(weights, tmp_path):
     sentence(error)
 
 
-def test_batches_hold_at_least_one_image():
+def test_prompts_are_more_than_texts():
+    with pytest.raises(ValueError, match=r"expected prompts as flowopd.Prompt\(text, task\), got 'a cat'"):
+        CLIPScore("nowhere").score(torch.zeros(1, 3, 28, 28), ["a cat"])
+
+
+def test_options_out_of_range_are_refused():
     with pytest.raises(ValueError, match="batch_size of at least 1, got 0"):
         CLIPScore(batch_size=0)
+    with pytest.raises(ValueError, match="dtype is 'fp16'; expected one of float32, bfloat16, float16"):
+        PickScore(dtype="fp16")
 
 
 @every_reward

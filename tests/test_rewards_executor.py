@@ -11,7 +11,7 @@ from ranks import run_ranks
 
 from flowopd.records import Prompt
 from flowopd.rewards import Scores
-from flowopd.rewards.executor import Executor, joined
+from flowopd.rewards.executor import Executor
 from flowopd.training import GRPOTeacher, RewardCallback
 
 PROMPTS = [Prompt("red 1", "red"), Prompt("red 2", "red")]
@@ -81,9 +81,13 @@ def test_a_closed_executor_forgets_what_waits_and_can_begin_anew():
 
 def test_a_part_that_a_piece_lacks_is_nan_there():
     pieces = [Scores(torch.zeros(2)), Scores(torch.ones(1), {"exact": torch.ones(1)})]
-    scores = joined(pieces, torch.device("cpu"))
+    scores = Scores.cat(pieces)
     assert scores.value.tolist() == [0, 0, 1]
     assert scores.parts["exact"].isnan().tolist() == [True, True, False]
+
+
+def test_nothing_joined_is_nothing():
+    assert Scores.cat([]).value.shape == (0,)
 
 
 # -------------------------------------------------------------------------------------------------------------- in runs

@@ -662,6 +662,11 @@ def test_the_verb_converts_and_refuses(tiny_tensors, tmp_path, monkeypatch, caps
         main()
     assert refused.value.code == 2
     assert capsys.readouterr().err == "flowopd: error: 'detector' is there already; choose a new folder\n"
+    monkeypatch.setattr(sys, "argv", words[:-2])
+    with pytest.raises(SystemExit) as refused:
+        main()
+    assert refused.value.code == 2
+    assert capsys.readouterr().err == "flowopd: error: the following arguments are required: out\n"
 
 
 # --------------------------------------------------------------------------------------------------------- all together
@@ -825,7 +830,9 @@ def test_missing_clip_weights_say_where_they_are(published, tmp_path, images):
         reward.score(images[:1], prompts()[:1])
 
 
-def test_bad_images_are_one_sentence(reward, images):
+def test_bad_input_is_one_sentence(reward, images):
+    with pytest.raises(ValueError, match="verdict is 'right'; expected one of correct, strict, partial"):
+        GenEval(verdict="right")
     with pytest.raises(ValueError, match="expected one prompt per image"):
         reward.score(images, prompts()[:2])
     with pytest.raises(ValueError, match=r"expected images of shape \(B, 3, H, W\)"):

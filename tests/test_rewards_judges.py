@@ -324,6 +324,7 @@ def test_a_model_that_is_not_served_is_a_sentence(server):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
+        ({"base_url": "localhost:8000/v1"}, ValueError, "url is 'localhost:8000/v1'; expected the address of a server"),
         ({"template": "unified"}, FileNotFoundError, "neither a file nor one of unified_reward, unified_reward_2"),
         ({"template": __file__}, ValueError, "say in `pattern` how its answers are read"),
         ({"pattern": "("}, ValueError, "is not a regular expression"),
@@ -335,4 +336,4 @@ def test_a_model_that_is_not_served_is_a_sentence(server):
 )
 def test_a_judge_that_cannot_work_is_refused_when_it_is_made(options, error, message):
     with pytest.raises(error, match=message):
-        Judge("http://127.0.0.1:1/v1", "m", **options)
+        Judge(**({"base_url": "http://127.0.0.1:1/v1", "model": "m"} | options))

@@ -232,6 +232,7 @@ def test_a_stopped_server_leaves_no_process_and_its_client_goes_on(server, remot
         "no reward": (["--reward=flowopd.Prompt"], "flowopd.Prompt does not implement protocol Reward"),
         "option": (["--reward=flowopd.tiles.Text", "--reward.strikt=1"], "Option 'strikt' is not accepted"),
         "nothing": ([], "the following arguments are required: reward"),
+        "port": (["--reward=flowopd.tiles.Text", "--port=80"], "port 80 is out of range; expected 1024 to 65535"),
         "key": (["--reward=flowopd.tiles.Text", "--api_key_env=NOBODY"], "variable 'NOBODY', which is empty"),
     }.values(),
 )

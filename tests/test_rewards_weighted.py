@@ -1,15 +1,18 @@
 """The weighted sum: linear, NaN where a term it counts is, and written in YAML."""
 
 import math
+import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import jsonargparse
 import pytest
 import torch
 from torch import Tensor
 
+from flowopd import rewards
 from flowopd.records import Prompt
-from flowopd.rewards import DetailedReward, Reward, Scores, Weighted
+from flowopd.rewards import Reward, Scores, Weighted
 
 
 class Channel:
@@ -94,8 +97,16 @@ def test_nothing_to_sum_and_weights_that_are_no_numbers_are_refused():
         Weighted({"red": Channel()}, {"red": math.nan})
 
 
-def test_every_reward_of_this_folder_is_a_reward():
-    assert isinstance(Weighted({"red": Channel()}, {"red": 1.0}), DetailedReward)
+@pytest.mark.parametrize("name", rewards._HOMES)
+def test_every_reward_of_this_folder_has_parts_and_a_page(name):
+    kind = getattr(rewards, name)
+    assert callable(kind.score)
+    assert callable(kind.detail)
+    folder = Path(rewards.__file__).parent
+    page = re.search(rf"\[`{name}`\]\((pages/\w+\.md)\)", (folder / "README.md").read_text())[1]
+    text = (folder / page).read_text().lower()
+    for told in ("definition", "scale", "licence|mit|apache", "memory|gb", "weights|server", "hack"):
+        assert re.search(told, text), f"{page} says nothing of {told}"
 
 
 YAML = f"""
@@ -127,7 +138,7 @@ def test_nested_rewards_are_written_in_yaml():
     assert isinstance(reward, Weighted)
     assert reward.weights == {"red": 0.5, "deqa": 0.25, "judge": 1.0}
     assert reward.terms["red"].index == 2
-    assert reward.terms["deqa"].dtype == torch.bfloat16
+    assert reward.terms["deqa"].torch_dtype == torch.bfloat16
     assert list(reward.terms["judge"].patterns) == ["overall"]
 
 

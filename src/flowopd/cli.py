@@ -1,21 +1,26 @@
-"""The command line: ``flowopd fit | validate | test | predict --config …``.
+"""The command line: Lightning's verbs (``flowopd fit | validate | test | predict``), and a few of our own.
 
 The first help text answers without importing torch.
 """
 
 import sys
+from argparse import ArgumentError
+from collections.abc import Callable
 from importlib import import_module
 
-# Verbs that are not Lightning's: each function reads sys.argv itself.
-VERBS: dict[str, str] = {
-    "plan": "flowopd.lightning_cli:plan",
-    "check": "flowopd.lightning_cli:check",
+LIGHTNING = ("fit", "validate", "test", "predict")
+
+# The other verbs: each function reads sys.argv itself. Those of ``RUNS`` take the words of a fit.
+RUNS = {"plan": "flowopd.lightning_cli:plan", "check": "flowopd.lightning_cli:check"}
+TOOLS = {
     "data": "flowopd.prompts.data:main",
     "convert": "flowopd.rewards.geneval.convert:main",
     "serve": "flowopd.rewards.serve:main",
 }
+VERBS = (*LIGHTNING, *RUNS, *TOOLS)
 
-HELP = """usage: flowopd {fit,validate,test,predict} --config FILE [--config FILE ...] [--OPTION VALUE ...]
+HELP = """usage: flowopd {fit,validate,test,predict,plan,check} --config FILE [--config FILE ...] [--OPTION VALUE ...]
+       flowopd {data,convert,serve} [--OPTION VALUE ...]
 
 Post-train a flow-matching text-to-image model on many tasks at once, by multi-teacher on-policy distillation.
 
@@ -46,7 +51,30 @@ def main() -> None:
         from flowopd import __version__
 
         print(__version__)
+    elif arguments[0] in TOOLS:
+        _use(TOOLS[arguments[0]])
+    elif arguments[0].startswith("-") or arguments[0] in VERBS:
+        _function(RUNS.get(arguments[0], "flowopd.lightning_cli:run"))()
     else:
-        verb = VERBS.get(arguments[0], "flowopd.lightning_cli:run")
-        module, _, function = verb.partition(":")
-        getattr(import_module(module), function)()
+        _refuse(f"there is no verb {arguments[0]!r}; expected one of {', '.join(VERBS)}")
+
+
+def _use(tool: str) -> None:
+    """Run a tool; what it is given wrongly is one sentence and exit code 2."""
+    try:
+        _function(tool)()
+    except (ArgumentError, ValueError, OSError, ImportError) as error:
+        _refuse(" ".join(str(error).split()))
+    except KeyboardInterrupt:
+        raise SystemExit("stopped") from None
+
+
+def _function(path: str) -> Callable[[], None]:
+    module, _, name = path.partition(":")
+    function: Callable[[], None] = getattr(import_module(module), name)
+    return function
+
+
+def _refuse(sentence: str) -> None:
+    print(f"flowopd: error: {sentence}", file=sys.stderr)
+    raise SystemExit(2)

@@ -106,6 +106,9 @@ class RandomSD3(SD3Backbone):
     def latent_shape(self) -> tuple[int, int, int]:
         return Shapes(self).latent
 
+    def prepare(self, texts: Sequence[str]) -> None:
+        """Nothing to read."""
+
     def encode(self, texts: Sequence[str]) -> Conditioning:
         like = Shapes(self).text()
         noise = torch.Generator().manual_seed(0)

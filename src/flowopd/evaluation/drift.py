@@ -35,7 +35,7 @@ def dark_fraction(images: Tensor) -> Tensor:
 
 
 def edge_density(images: Tensor) -> Tensor:
-    """Share of pixels on an edge,  mean [max(|Y→ - Y|, |Y↓ - Y|) > 0.1],  (B,) in [0, 1]; → and ↓ are the neighbours."""
+    """Share of pixels on an edge,  mean [max(|Y→ - Y|, |Y↓ - Y|) > 0.1],  (B,) in [0, 1]; → and ↓ are neighbours."""
     y = luma(images)
     right = (y[:, :-1, 1:] - y[:, :-1, :-1]).abs()
     below = (y[:, 1:, :-1] - y[:, :-1, :-1]).abs()

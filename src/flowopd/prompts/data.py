@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from jsonargparse import auto_cli
 
@@ -38,7 +38,7 @@ def geneval(out: Path, split: Split = "test", count: int | None = None, seed: in
         seed: of what is drawn.
     """
     whole = split == "test" and count is None
-    prompts = official() if whole else GenEvalPrompts(split).draw(50_000 if count is None else count, seed)
+    prompts = official() if whole else GenEvalPrompts(split).draw(_number(count, 50_000), seed)
     _save(prompts, out, "MIT (the rules and the object names are GenEval's)")
 
 
@@ -52,7 +52,7 @@ def ocr(out: Path, split: Split = "train", count: int | None = None, seed: int =
         seed: of what is drawn.
     """
     default = {"train": 20_000, "test": 1_000}[split]
-    _save(OCRPrompts(split).draw(default if count is None else count, seed), out, "Apache-2.0, as flowopd")
+    _save(OCRPrompts(split).draw(_number(count, default), seed), out, "Apache-2.0, as flowopd")
 
 
 def ocr_paper(out: Path, split: Split = "test", source: str | None = None, sha256: str | None = None) -> None:
@@ -119,6 +119,12 @@ def compbench(out: Path, category: Category = "all", source: str | None = None, 
     _save(prompts, out, COMPBENCH_SETS["color"].licence)
 
 
+def _number(count: int | None, default: int) -> int:
+    if count is not None and count < 1:
+        raise ValueError(f"expected a count of at least 1, got {count}")
+    return count or default
+
+
 def _published(published: PublishedSet, split: str, source: str | None, sha256: str | None) -> list[str]:
     address = source or published.address.format(split=split)
     data, found = fetch(address, sha256)
@@ -137,9 +143,6 @@ COMMANDS: list[Callable[..., None]] = [geneval, ocr, ocr_paper, pickapic, drawbe
 
 
 def main() -> None:
-    """Entry point of ``flowopd data``. Bad input is one sentence and exit code 2."""
-    try:
-        auto_cli(COMMANDS, args=sys.argv[2:], prog="flowopd data", as_positional=False)
-    except (ValueError, OSError) as error:
-        print(f"flowopd: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    """Entry point of ``flowopd data``."""
+    options: dict[str, Any] = {"prog": "flowopd data", "exit_on_error": False, "allow_abbrev": False}
+    auto_cli(COMMANDS, args=sys.argv[2:], as_positional=False, **options)

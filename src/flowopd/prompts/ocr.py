@@ -1,4 +1,4 @@
-"""Prompts that ask for a written text, and the rule that finds it: the first span in straight double quotes."""
+"""Prompts that ask for a written text, and the rule that finds it: the first quoted span."""
 
 import json
 import random
@@ -58,16 +58,18 @@ def letters(text: str) -> str:
 
 
 def target_of(prompt: Prompt) -> str:
-    """The text that a prompt wants written: ``target`` of its metadata, else the first span in straight double quotes.
+    """The text that a prompt wants written: ``target`` of its metadata, else its first quoted span.
+
+    A span in straight double quotes comes before one in curly ones.
 
     Raises:
         ValueError: if there is none, or nothing but spaces.
     """
-    quoted = re.search(r'"([^"]*)"', prompt.text)
+    quoted = re.search(r'"([^"]*)"', prompt.text) or re.search("“([^”]*)”", prompt.text)
     target = str(prompt.metadata.get("target", quoted[1] if quoted else ""))
     if not letters(target):
         raise ValueError(
-            f"prompt {prompt.text!r} asks for no text; write it in straight double quotes, or give a metadata 'target'"
+            f"prompt {prompt.text!r} asks for no text; write it in double quotes, or give a metadata 'target'"
         )
     return target
 

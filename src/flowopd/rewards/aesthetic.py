@@ -43,12 +43,11 @@ class Aesthetic(ModelReward):
         batch_size: int = 16,
         offload: bool = False,
     ) -> None:
-        super().__init__(batch_size=batch_size, offload=offload)
+        super().__init__(batch_size, offload, dtype)
         self.path = path
         self.revision = revision
         self.clip = clip
         self.clip_revision = clip_revision
-        self.dtype = dtype
         self._clip: CLIP
         self._head: nn.Module
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -44,12 +44,21 @@ class Scores:
 
     @staticmethod
     def cat(pieces: Sequence["Scores"]) -> "Scores":
-        """Stack along the batch; every piece has the same parts."""
-        names = pieces[0].parts
+        """Stack along the batch; a part that a piece does not have is NaN there."""
+        if not pieces:
+            return Scores(torch.zeros(0))
+        names = dict.fromkeys(name for piece in pieces for name in piece.parts)
         return Scores(
             torch.cat([piece.value for piece in pieces]),
-            {name: torch.cat([piece.parts[name] for piece in pieces]) for name in names},
+            {name: torch.cat([piece._part(name) for piece in pieces]) for name in names},
         )
+
+    def to(self, device: torch.device) -> "Scores":
+        """The same on ``device``."""
+        return Scores(self.value.to(device), {name: part.to(device) for name, part in self.parts.items()})
+
+    def _part(self, name: str) -> Tensor:
+        return self.parts.get(name, torch.full_like(self.value, torch.nan))
 
 
 @runtime_checkable
@@ -79,8 +88,12 @@ def as_bytes(images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         (B, 3, H, W) uint8.
 
     Raises:
-        ValueError: on another shape, dtype, range or number of prompts.
+        ValueError: on another type, shape, dtype, range or number of prompts.
     """
+    if not isinstance(cast(object, images), Tensor):
+        raise ValueError(f"expected images as a tensor of shape (B, 3, H, W), got {type(images).__name__}")
+    if wrong := [prompt for prompt in cast(Sequence[object], prompts) if not isinstance(prompt, Prompt)]:
+        raise ValueError(f"expected prompts as flowopd.Prompt(text, task), got {wrong[0]!r}")
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"expected images of shape (B, 3, H, W), got {tuple(images.shape)}")
     if len(images) != len(prompts):

@@ -36,10 +36,9 @@ class CLIPScore(ModelReward):
         batch_size: int = 16,
         offload: bool = False,
     ) -> None:
-        super().__init__(batch_size=batch_size, offload=offload)
+        super().__init__(batch_size, offload, dtype)
         self.clip = clip
         self.clip_revision = clip_revision
-        self.dtype = dtype
         self._clip: CLIP
 
     def read(self) -> None:

@@ -52,14 +52,13 @@ class DeQA(ModelReward):
         batch_size: int = 16,
         offload: bool = False,
     ) -> None:
-        super().__init__(batch_size=batch_size, offload=offload)
+        super().__init__(batch_size, offload, dtype)
         self.path = path
         self.revision = revision
-        self.dtype: torch.dtype = getattr(torch, dtype)
 
     def read(self) -> None:
         """Read config and weights; raises as ``read_owl2`` does."""
-        self.network = read_owl2(self.path, self.revision, self.dtype)
+        self.network = read_owl2(self.path, self.revision, self.torch_dtype)
 
     def networks(self) -> Iterable[nn.Module]:
         """The one network."""
@@ -67,7 +66,7 @@ class DeQA(ModelReward):
 
     def forward(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
         """Scores of one batch, images (b, 3, H, W) uint8."""
-        pixels = preprocess(images, self.network.sizes.vision.image_size).to(self.dtype)
+        pixels = preprocess(images, self.network.sizes.vision.image_size).to(self.torch_dtype)
         odds = self.network(pixels).float().softmax(-1)
         quality = (odds * torch.arange(5.0, 0.0, -1.0, device=odds.device)).sum(-1)
         return Scores(quality / 5, {"paper": quality})

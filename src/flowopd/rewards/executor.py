@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
-import torch
 from torch import Tensor
 
 from flowopd.records import Prompt
@@ -39,14 +38,3 @@ class Executor:
         if self._thread is not None:
             self._thread.shutdown(wait=False, cancel_futures=True)
             self._thread = None
-
-
-def joined(pieces: Sequence[Scores], device: torch.device) -> Scores:
-    """Stack along the batch, on ``device``; a part that a piece does not have is NaN there."""
-    names = list(dict.fromkeys(name for piece in pieces for name in piece.parts))
-    stacked = Scores.cat([Scores(piece.value, {name: _part(piece, name) for name in names}) for piece in pieces])
-    return Scores(stacked.value.to(device), {name: part.to(device) for name, part in stacked.parts.items()})
-
-
-def _part(piece: Scores, name: str) -> Tensor:
-    return piece.parts.get(name, torch.full_like(piece.value, torch.nan))

@@ -42,12 +42,11 @@ class HPSv2(ModelReward):
         batch_size: int = 16,
         offload: bool = False,
     ) -> None:
-        super().__init__(batch_size=batch_size, offload=offload)
+        super().__init__(batch_size, offload, dtype)
         self.path = path
         self.revision = revision
         self.file = file
         self.architecture = architecture
-        self.dtype = dtype
         self._clip: CLIP
 
     def read(self) -> None:

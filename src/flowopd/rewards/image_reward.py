@@ -73,11 +73,10 @@ class ImageReward(ModelReward):
         batch_size: int = 16,
         offload: bool = False,
     ) -> None:
-        super().__init__(batch_size=batch_size, offload=offload)
+        super().__init__(batch_size, offload, dtype)
         self.path = path
         self.revision = revision
         self.tokenizer = tokenizer
-        self.dtype: torch.dtype = getattr(torch, dtype)
         self._blip: Blip
         self._words: Any = None
 
@@ -94,7 +93,7 @@ class ImageReward(ModelReward):
         config = json.loads(weights_file(self.path, "med_config.json", self.revision, source).read_text("utf-8"))
         file = weights_file(self.path, "ImageReward.pt", self.revision, source)
         try:
-            self._blip = Blip.read(read_tensors(file), config, self.dtype)
+            self._blip = Blip.read(read_tensors(file), config, self.torch_dtype)
         except (KeyError, RuntimeError) as error:
             reason = " ".join(str(error).split()[:20])
             raise ValueError(f"{file} is not an ImageReward checkpoint: {reason}") from error

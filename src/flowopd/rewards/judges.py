@@ -2,34 +2,25 @@
 
 from __future__ import annotations
 
-import base64
-import io
-import logging
+import json
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 import requests
 import torch
-from PIL import Image
-from requests.adapters import HTTPAdapter
 from torch import Tensor
 from torchvision.transforms.v2 import functional as vision
-from urllib3.util import Retry
 
 from flowopd.records import Prompt
 from flowopd.rewards.base import Scores, as_bytes
-
-log = logging.getLogger(__name__)
+from flowopd.rewards.http import OnFailure, Unanswered, address, exchange, key_in, new_session, png, tell
 
 FOLDER = Path(__file__).parent / "rubrics"
 NUMBER = r"[\s*]*([1-5](?:\.\d+)?)(?!\d)"  # "4", "**4.5", not "45"
-RETRIED = {408, 429, *range(500, 600)}
 
 
 @dataclass(frozen=True)
@@ -52,10 +43,6 @@ RUBRICS = {
     ),
     "qwen_overall": Rubric({"": r"<OverallScore>\s*([1-5])\s*</OverallScore>"}),
 }
-
-
-class NoScore(Exception):
-    """Why an image has no score."""
 
 
 class Judge:
@@ -82,7 +69,7 @@ class Judge:
 
     Raises:
         FileNotFoundError: if the template is neither a rubric nor a file.
-        ValueError: if a pattern is missing or cannot be used, or a number is out of range.
+        ValueError: if the address is none, a pattern is missing or cannot be used, or a number is out of range.
     """
 
     def __init__(
@@ -98,11 +85,11 @@ class Judge:
         max_tokens: int = 2048,
         resize: int | None = None,
         api_key_env: str | None = None,
-        on_failure: Literal["nan", "raise"] = "nan",
+        on_failure: OnFailure = "nan",
     ) -> None:
         if concurrency < 1 or retries < 0 or timeout <= 0 or scale <= 0 or max_tokens < 1:
             raise ValueError("expected concurrency and max_tokens >= 1, retries >= 0, timeout and scale > 0")
-        self.base_url = base_url.rstrip("/")
+        self.base_url = address(base_url, "a server, such as http://127.0.0.1:8001/v1")
         self.model = model
         self.template = _text(template)
         self.patterns = _compiled(pattern, template)
@@ -137,27 +124,27 @@ class Judge:
         """Scores (B,), float32, on the images' device."""
         return self.detail(images, prompts).value
 
-    def _judged(self, session: requests.Session, image: Tensor, prompt: Prompt) -> dict[str, float] | NoScore:
+    def _judged(self, session: requests.Session, image: Tensor, prompt: Prompt) -> dict[str, float] | Unanswered:
         try:
             return self._numbers(self._answer(session, image, prompt.text))
-        except NoScore as reason:
+        except Unanswered as reason:
             return reason
 
     def _answer(self, session: requests.Session, image: Tensor, text: str) -> str:
         """What the judge writes about one image (3, H, W) uint8."""
         content = [
-            {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{_png(image)}"}},
+            {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{png(image)}"}},
             {"type": "text", "text": self.template.replace("{prompt}", text)},
         ]
-        body = {"model": self.model, "temperature": 0, "max_tokens": self.max_tokens}
-        messages = [{"role": "user", "content": content}]
-        reply = _json(session, "POST", f"{self.base_url}/chat/completions", self.timeout, body | {"messages": messages})
+        options = {"model": self.model, "temperature": 0, "max_tokens": self.max_tokens}
+        body = json.dumps(options | {"messages": [{"role": "user", "content": content}]}).encode()
+        reply = exchange(session, "POST", f"{self.base_url}/chat/completions", self.timeout, body)
         try:
             answer = reply["choices"][0]["message"]["content"]
         except (KeyError, IndexError, TypeError):
-            raise NoScore("the reply is not a chat completion") from None
+            raise Unanswered("the reply is not a chat completion") from None
         if not isinstance(answer, str):
-            raise NoScore("the answer holds no text")
+            raise Unanswered("the answer holds no text")
         return answer
 
     def _numbers(self, answer: str) -> dict[str, float]:
@@ -166,39 +153,38 @@ class Judge:
         for name, pattern in self.patterns.items():
             found = pattern.findall(answer)
             if not found:
-                raise NoScore(f"{pattern.pattern!r} is not in the answer, which ends with {answer[-80:]!r}")
+                raise Unanswered(f"{pattern.pattern!r} is not in the answer, which ends with {answer[-80:]!r}")
             numbers[name] = _number(found[-1], self.scale)
         return numbers
 
-    def _scores(self, answers: Sequence[dict[str, float] | NoScore], device: torch.device) -> Scores:
-        self._count([answer for answer in answers if isinstance(answer, NoScore)], len(answers))
+    def _scores(self, answers: Sequence[dict[str, float] | Unanswered], device: torch.device) -> Scores:
+        self._count([answer for answer in answers if isinstance(answer, Unanswered)], len(answers))
         nothing = dict.fromkeys(self.patterns, math.nan)
-        rows = [nothing if isinstance(answer, NoScore) else answer for answer in answers]
+        rows = [nothing if isinstance(answer, Unanswered) else answer for answer in answers]
         columns = {name: torch.tensor([row[name] for row in rows], device=device) for name in self.patterns}
         mean = torch.stack(list(columns.values())).mean(0)
         return Scores(mean / self.scale, {name: column for name, column in columns.items() if name} | {"paper": mean})
 
-    def _count(self, failed: Sequence[NoScore], of: int) -> None:
+    def _count(self, failed: Sequence[Unanswered], of: int) -> None:
         if failed:
             self.failures += len(failed)
-            message = f"judge {self.model}: {len(failed)} of {of} images got no score: {failed[0]}"
-            if self.on_failure == "raise":
-                raise ConnectionError(message) from failed[0]
-            log.warning(message)
+            tell(f"judge {self.model}", len(failed), of, failed[0], self.on_failure)
 
     def _connected(self) -> requests.Session:
         """The session; at first use, ask whether the server serves the model."""
         if self._session is None:
-            session = _session(self.concurrency, self.retries, _key(self.api_key_env))
-            self._check_model(session)
-            self._session = session
+            key = key_in(self.api_key_env)
+            opened = new_session(self.retries, {"Authorization": f"Bearer {key}"} if key else {}, self.concurrency)
+            self._check_model(opened)
+            self._session = opened
         return self._session
 
     def _check_model(self, session: requests.Session) -> None:
         expected = "expected the base_url of an OpenAI-compatible server (vLLM, SGLang), up to and with /v1"
         try:
-            served = [entry["id"] for entry in _json(session, "GET", f"{self.base_url}/models", self.timeout)["data"]]
-        except NoScore as error:
+            reply = exchange(session, "GET", f"{self.base_url}/models", self.timeout)
+            served = [entry["id"] for entry in reply["data"]]
+        except Unanswered as error:
             raise ConnectionError(
                 f"the judge's server at {self.base_url} did not answer ({error}); {expected}"
             ) from error
@@ -206,13 +192,6 @@ class Judge:
             raise ValueError(f"{self.base_url}/models is not a list of models; {expected}") from error
         if self.model not in served:
             raise ValueError(f"the server at {self.base_url} does not serve {self.model!r}; it serves {served}")
-
-
-def _png(image: Tensor) -> str:
-    """The image (3, H, W) uint8 in base64; little compression, since the network is faster than zlib."""
-    buffer = io.BytesIO()
-    Image.fromarray(image.permute(1, 2, 0).numpy()).save(buffer, "PNG", compress_level=1)
-    return base64.b64encode(buffer.getvalue()).decode()
 
 
 def _text(template: str) -> str:
@@ -241,53 +220,7 @@ def _number(text: str, scale: float) -> float:
     try:
         number = float(text)
     except ValueError:
-        raise NoScore(f"{text!r} is not a number") from None
+        raise Unanswered(f"{text!r} is not a number") from None
     if not 0 <= number <= scale:
-        raise NoScore(f"{number:g} is not in [0, {scale:g}]")
+        raise Unanswered(f"{number:g} is not in [0, {scale:g}]")
     return number
-
-
-def _key(variable: str | None) -> str | None:
-    if variable is None:
-        return None
-    if not (key := os.environ.get(variable)):
-        raise ValueError(f"the judge's key is expected in the environment variable {variable!r}, which is empty")
-    return key
-
-
-def _session(connections: int, retries: int, key: str | None) -> requests.Session:
-    """A session that tries again what may pass: 0, 1, 2, 4, ... seconds later, or when the server says, within 30."""
-    again = Retry(
-        total=retries,
-        other=0,
-        allowed_methods=None,  # any: scoring twice does no harm
-        status_forcelist=RETRIED,
-        backoff_factor=0.5,
-        backoff_max=30,
-        retry_after_max=30,
-        raise_on_status=False,
-    )
-    session = requests.Session()
-    for scheme in ("http://", "https://"):
-        session.mount(scheme, HTTPAdapter(pool_maxsize=connections, max_retries=again))
-    session.headers.update({"Authorization": f"Bearer {key}"} if key else {})
-    return session
-
-
-def _json(session: requests.Session, method: str, url: str, timeout: float, body: object = None) -> Any:  # noqa: ANN401
-    """The parsed reply.
-
-    Raises:
-        NoScore: if there is none, in a few words.
-    """
-    try:
-        response = session.request(method, url, json=body, timeout=timeout)
-    except requests.RequestException as error:
-        cause = getattr(error.args[0] if error.args else None, "reason", None) or error  # what the last try met
-        raise NoScore(type(cause).__name__) from error
-    if not response.ok:
-        raise NoScore(f"status {response.status_code}: {response.text[:80]!r}")
-    try:
-        return response.json()
-    except ValueError:
-        raise NoScore(f"the reply is not JSON: {response.text[:80]!r}") from None

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from threading import RLock
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -28,14 +28,26 @@ class ModelReward(ABC):
     Args:
         batch_size: images per forward.
         offload: keep the weights on the CPU between uses.
+        dtype: what the network computes in.
+
+    Raises:
+        ValueError: if one of them is out of range.
     """
 
-    def __init__(self, batch_size: int = 16, offload: bool = False) -> None:
+    def __init__(self, batch_size: int = 16, offload: bool = False, dtype: Precision = "float32") -> None:
         if batch_size < 1:
             raise ValueError(f"expected a batch_size of at least 1, got {batch_size}")
+        check_choice("dtype", dtype, Precision)
         self.batch_size = batch_size
         self.offload = offload
+        self.dtype = dtype
         self._loaded = False
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """What the network computes in."""
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
 
     @abstractmethod
     def read(self) -> None:
@@ -79,6 +91,16 @@ class ModelReward(ABC):
     def score(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Scores (B,), float32, on the images' device."""
         return self.detail(images, prompts).value
+
+
+def check_choice(name: str, value: str, choices: Any) -> None:  # noqa: ANN401 - a Literal
+    """Raise unless a value is one of a ``Literal``; the command line checks this, other callers may err.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    if value not in get_args(choices):
+        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(get_args(choices))}")
 
 
 def weights_file(path: str, name: str, revision: str | None, source: str) -> Path:

@@ -38,7 +38,7 @@ class OCR:
     without spaces; d = 0 if the target stands somewhere in what was read. Parts: ``exact``, 1 if both are equal, and
     ``no_substring``, r without the bonus for standing somewhere, which a picture full of text could earn.
 
-    The target is ``target`` of the prompt's metadata, else the first span of the prompt in straight double quotes.
+    The target is ``target`` of the prompt's metadata, else the first span of the prompt in double quotes.
 
     Args:
         workers: processes that read, each with an engine of its own; 0 reads in this process. A script that uses some

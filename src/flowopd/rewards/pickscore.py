@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from transformers import AutoTokenizer, CLIPModel
@@ -44,11 +43,10 @@ class PickScore(ModelReward):
         batch_size: int = 16,
         offload: bool = False,
     ) -> None:
-        super().__init__(batch_size=batch_size, offload=offload)
+        super().__init__(batch_size, offload, dtype)
         self.path = path
         self.revision = revision
         self.tokenizer = tokenizer
-        self.dtype: torch.dtype = getattr(torch, dtype)
         self._clip: Any = None
         self._words: Any = None
 
@@ -63,7 +61,7 @@ class PickScore(ModelReward):
             "`hf download yuvalkirstain/PickScore_v1` and `hf download laion/CLIP-ViT-H-14-laion2B-s32B-b79K` get it"
         )
         self._words = read_pretrained(AutoTokenizer, self.tokenizer, source)
-        options = {"revision": self.revision, "dtype": self.dtype, "output_loading_info": True}
+        options = {"revision": self.revision, "dtype": self.torch_dtype, "output_loading_info": True}
         self._clip, found = read_pretrained(CLIPModel, self.path, source, **options)
         if missing := sorted(found["missing_keys"]):
             raise ValueError(f"{self.path!r} is not a whole CLIPModel: it has no {missing[0]}, one of {len(missing)}")
@@ -80,7 +78,7 @@ class PickScore(ModelReward):
 
     def images(self, images: Tensor) -> Tensor:
         """Features of images (B, 3, H, W) uint8: (B, D) float32, of length 1."""
-        pixels = cropped(images, self._clip.config.vision_config.image_size).to(self.dtype)
+        pixels = cropped(images, self._clip.config.vision_config.image_size).to(self.torch_dtype)
         return normalize(self._clip.get_image_features(pixels).pooler_output.float(), dim=-1)
 
     def texts(self, texts: list[str]) -> Tensor:

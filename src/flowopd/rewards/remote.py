@@ -2,43 +2,20 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
-import logging
 import math
-import os
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import requests
 import torch
-from PIL import Image
-from requests.adapters import HTTPAdapter
 from torch import Tensor
-from urllib3.util import Retry
 
 from flowopd.records import Prompt
 from flowopd.rewards.base import Scores, as_bytes
-from flowopd.rewards.executor import joined
-
-log = logging.getLogger(__name__)
+from flowopd.rewards.http import RETRIED, OnFailure, Unanswered, address, exchange, key_in, new_session, png, tell
 
 PROTOCOL, VERSION = "flowopd-reward", 1
-RETRIED = (408, 429, 500, 502, 503, 504)
-
-
-class Unanswered(Exception):
-    """Why a request has no usable answer.
-
-    Args:
-        reason: in a few words.
-        status: of the reply, if there was one.
-    """
-
-    def __init__(self, reason: str, status: int | None = None) -> None:
-        super().__init__(reason)
-        self.status = status
 
 
 class RemoteReward:
@@ -65,14 +42,12 @@ class RemoteReward:
         api_key_env: str | None = None,
         timeout: float = 60.0,
         retries: int = 3,
-        on_failure: Literal["nan", "raise"] = "nan",
+        on_failure: OnFailure = "nan",
         batch_size: int = 16,
     ) -> None:
-        if not url.startswith(("http://", "https://")):
-            raise ValueError(f"url is {url!r}; expected the address of a reward server, such as http://127.0.0.1:8080")
         if timeout <= 0 or retries < 0 or batch_size < 1:
             raise ValueError("expected timeout > 0, retries >= 0 and batch_size >= 1")
-        self.url = url.rstrip("/")
+        self.url = address(url, "a reward server, such as http://127.0.0.1:8080")
         self.api_key_env = api_key_env
         self.timeout = timeout
         self.retries = retries
@@ -94,38 +69,32 @@ class RemoteReward:
         """
         pictures = as_bytes(images, prompts).cpu()
         chunks = [slice(i, i + self.batch_size) for i in range(0, len(pictures), self.batch_size)]
-        return joined([self._asked(pictures[chunk], prompts[chunk]) for chunk in chunks], images.device)
+        return Scores.cat([self._asked(pictures[chunk], prompts[chunk]) for chunk in chunks]).to(images.device)
 
     def _asked(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
         body = _body(images, prompts)
         try:
-            session = self._connected()
-            reply = self._exchange(session, "POST", "/v1/score", body)
+            reply = exchange(self._connected(), "POST", f"{self.url}/v1/score", self.timeout, body)
             scores, reason = _scores(reply, len(prompts)), _first_error(reply)
         except Unanswered as error:
             scores, reason = Scores(torch.full((len(prompts),), math.nan)), str(error)
-        self._count(scores.value, reason)
-        return scores
-
-    def _count(self, scores: Tensor, reason: str) -> None:
-        if failed := int(scores.isnan().sum()):
+        if failed := int(scores.value.isnan().sum()):
             self.failures += failed
-            message = f"reward server {self.url}: {failed} of {len(scores)} images got no score: {reason}"
-            if self.on_failure == "raise":
-                raise ConnectionError(message)
-            log.warning(message)
+            tell(f"reward server {self.url}", failed, len(prompts), reason, self.on_failure)
+        return scores
 
     def _connected(self) -> requests.Session:
         """The session; until it has succeeded once, ask the server what it is."""
         if self._session is None:
-            session = _session(self.retries, self._key())
-            self._check(session)
-            self._session = session
+            key = key_in(self.api_key_env)
+            opened = new_session(self.retries, {"X-API-Key": key} if key else {})
+            self._check(opened)
+            self._session = opened
         return self._session
 
     def _check(self, session: requests.Session) -> None:
         try:
-            model = self._exchange(session, "GET", "/info").get("model")
+            model = exchange(session, "GET", f"{self.url}/info", self.timeout).get("model")
         except Unanswered as error:
             if error.status in (401, 403):
                 raise ValueError(
@@ -137,70 +106,15 @@ class RemoteReward:
         if not isinstance(model, dict) or (model.get("protocol"), model.get("version")) != (PROTOCOL, VERSION):
             raise ValueError(f"{self.url} does not speak version {VERSION} of {PROTOCOL}; start it by flowopd serve")
 
-    def _exchange(self, session: requests.Session, method: str, path: str, body: bytes | None = None) -> dict[str, Any]:
-        """The object that answers a request.
-
-        Raises:
-            Unanswered: if there is none.
-        """
-        kind = {"Content-Type": "application/json"}
-        try:
-            response = session.request(method, self.url + path, data=body, headers=kind, timeout=self.timeout)
-        except requests.RequestException as error:
-            cause = getattr(error.args[0] if error.args else None, "reason", None) or error  # what the last try met
-            raise Unanswered(type(cause).__name__) from error
-        try:
-            reply = response.json(parse_int=float)
-        except ValueError:
-            reply = None
-        if not response.ok:
-            detail = reply["detail"] if isinstance(reply, dict) and "detail" in reply else response.text[:80]
-            raise Unanswered(f"status {response.status_code}, {detail}", response.status_code)
-        if not isinstance(reply, dict):
-            raise Unanswered(f"the reply is no JSON object: {response.text[:80]!r}")
-        return reply
-
-    def _key(self) -> str | None:
-        if self.api_key_env is None:
-            return None
-        if not (key := os.environ.get(self.api_key_env)):
-            raise ValueError(f"the key is expected in the environment variable {self.api_key_env!r}, which is empty")
-        return key
-
-
-def _session(retries: int, key: str | None) -> requests.Session:
-    again = Retry(
-        total=retries,
-        allowed_methods=None,  # any: scoring twice does no harm
-        status_forcelist=RETRIED,
-        backoff_factor=0.5,
-        backoff_max=30,
-        retry_after_max=30,
-        raise_on_status=False,
-    )
-    session = requests.Session()
-    for scheme in ("http://", "https://"):
-        session.mount(scheme, HTTPAdapter(max_retries=again))
-    session.headers.update({"X-API-Key": key} if key else {})
-    return session
-
 
 def _body(images: Tensor, prompts: Sequence[Prompt]) -> bytes:
     """A request of images (b, 3, H, W) uint8, as the server reads it."""
-    pictures = [base64.b64encode(_png(image)).decode() for image in images]
     texts = {"prompts": [prompt.text for prompt in prompts], "tasks": [prompt.task for prompt in prompts]}
     try:
         metadata = [dict(prompt.metadata) for prompt in prompts]
-        return json.dumps({"images": pictures, **texts, "metadata": metadata}, allow_nan=False).encode()
+        return json.dumps({"images": list(map(png, images)), **texts, "metadata": metadata}, allow_nan=False).encode()
     except (TypeError, ValueError) as error:
         raise ValueError(f"metadata of a prompt cannot be sent to a reward server as JSON: {error}") from error
-
-
-def _png(image: Tensor) -> bytes:
-    """An image (3, H, W) uint8, without loss."""
-    file = io.BytesIO()
-    Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(file, "PNG", compress_level=1)
-    return file.getvalue()
 
 
 def _scores(reply: dict[str, Any], count: int) -> Scores:

@@ -17,7 +17,6 @@ import io
 import json
 import logging
 import multiprocessing
-import os
 import signal
 import socket
 import sys
@@ -28,12 +27,14 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentParser
+from jsonargparse.typing import PositiveFloat, PositiveInt
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from flowopd.records import Prompt
 from flowopd.rewards.base import Reward, Scores, detailed
+from flowopd.rewards.http import key_in
 from flowopd.rewards.remote import PROTOCOL, VERSION
 
 LARGEST = 4096  # pixels of a side
@@ -169,15 +170,15 @@ def serve(
     host: Literal["127.0.0.1", "0.0.0.0", "::"] = "127.0.0.1",
     api_key_env: str | None = None,
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto",
-    devices: int = 1,
-    workers: int = 1,
-    timeout: float = 60.0,
+    devices: PositiveInt = 1,
+    workers: PositiveInt = 1,
+    timeout: PositiveFloat = 60.0,
 ) -> None:
     """Serve a reward over HTTP until SIGTERM or Ctrl-C, for RemoteReward on the other side.
 
     Args:
         config: of the reward, {"class_path": …, "init_args": {…}} as JSON; each worker makes its own.
-        port: from 1024.
+        port: 1024 to 65535.
         host: 127.0.0.1 is reached from this machine alone; 0.0.0.0 and :: from everywhere.
         api_key_env: name of the environment variable with the key that clients must send; default: anyone may ask.
         accelerator: where the reward finds its images.
@@ -186,7 +187,7 @@ def serve(
         timeout: seconds that a request may wait for a free worker.
     """
     options = {"accelerator": accelerator, "devices": devices, "workers_per_device": workers, "timeout": timeout}
-    server = _server(config, _key(api_key_env), options)
+    server = _server(config, key_in(api_key_env), options)
     _check_free(host, port)
     signal.signal(signal.SIGTERM, _stop)  # else the workers would stay behind
     print(f"serving {_name(config)} on http://{host}:{port}; stop with Ctrl-C", flush=True)
@@ -241,19 +242,12 @@ def build(config: str) -> Reward:
 
 
 def main() -> None:
-    """Entry point of ``flowopd serve``; bad input is one sentence and exit code 2."""
-    try:
-        options = parser().parse_args(sys.argv[2:]).as_dict()
-        config = json.dumps(options.pop("reward"))
-        build(config)  # refuses here what the workers could not make
-        options.pop("config")
-        serve(config, **options)
-    except (ArgumentError, ValueError, OSError, ImportError) as error:
-        lines = [line.strip() for line in str(error).splitlines()]
-        print(f"flowopd: error: {' '.join(line for line in lines if line)}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        raise SystemExit("stopped") from None
+    """Entry point of ``flowopd serve``."""
+    options = parser().parse_args(sys.argv[2:]).as_dict()
+    config = json.dumps(options.pop("reward"))
+    build(config)  # refuses here what the workers could not make
+    options.pop("config")
+    serve(config, **options)
 
 
 def parser() -> ArgumentParser:
@@ -265,18 +259,15 @@ def parser() -> ArgumentParser:
     return reads
 
 
-def _key(variable: str | None) -> str | None:
-    if variable is not None and not os.environ.get(variable):
-        raise ValueError(f"the key is expected in the environment variable {variable!r}, which is empty")
-    return os.environ[variable] if variable else None
-
-
 def _check_free(host: str, port: int) -> None:
     """Raise unless the port can be had; the server would end without a word.
 
     Raises:
+        ValueError: if it is out of range.
         OSError: if it is taken.
     """
+    if not 1024 <= port <= 65535:
+        raise ValueError(f"port {port} is out of range; expected 1024 to 65535")
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

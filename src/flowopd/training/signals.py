@@ -20,7 +20,7 @@ from flowopd.evaluation import Column, Scoreboard
 from flowopd.models import Backbone
 from flowopd.records import Prompt, Rollout, StepBatch
 from flowopd.rewards import Reward, Scores, detailed
-from flowopd.rewards.executor import Executor, joined
+from flowopd.rewards.executor import Executor
 from flowopd.rollouts import Sampler
 from flowopd.teachers import Router, Teacher
 from flowopd.training.strategies import is_sharded
@@ -263,7 +263,10 @@ class Signals:
         """Scores of every training reward, (B,); those in ``begun``, by consecutive parts of the batch, are awaited."""
         waiting = {name: [part[name] for part in begun] for name in (begun[0] if begun else ())}
         here = {c.name: c.detail(images, prompts) for c in self.training() if c.name not in waiting}
-        there = {name: joined([f.result() for f in futures], images.device) for name, futures in waiting.items()}
+        there = {
+            name: Scores.cat([future.result() for future in futures]).to(images.device)
+            for name, futures in waiting.items()
+        }
         return {callback.name: (here | there)[callback.name] for callback in self.training()}
 
     def total(self, scores: Mapping[str, Tensor], prompts: Sequence[Prompt]) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
+from jsonargparse import ArgumentParser
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Mask2FormerConfig, SwinConfig
@@ -270,13 +270,11 @@ def convert_file(source: str | Path, out: str | Path) -> None:
 
 
 def main() -> None:
-    """``flowopd convert --source CHECKPOINT --out FOLDER``."""
-    parser = argparse.ArgumentParser("flowopd convert", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--source", required=True, metavar="FILE", help=f"the checkpoint: {OFFICIAL}")
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="give it to GenEval as `detector`")
-    words = parser.parse_args(sys.argv[2:])
-    try:
-        convert_file(words.source, words.out)
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"flowopd: error: {error}\n")
+    """Entry point of ``flowopd convert``."""
+    told = "Turn GenEval's official detector, a checkpoint of mmdet, into a Mask2Former folder that GenEval reads."
+    reads = ArgumentParser(prog="flowopd convert", description=told, exit_on_error=False, allow_abbrev=False)
+    reads.add_argument("--source", required=True, metavar="FILE", help=f"the checkpoint: {OFFICIAL}")
+    reads.add_argument("--out", required=True, metavar="FOLDER", help="give it to GenEval as `detector`")
+    words = reads.parse_args(sys.argv[2:])
+    convert_file(words.source, words.out)
     print(f"wrote {words.out}; use it as GenEval(detector={words.out!r})")

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from flowopd.prompts.geneval import TAGS
 from flowopd.records import Prompt
-from flowopd.rewards.base import Scores
+from flowopd.rewards.base import Scores, as_bytes
 from flowopd.rewards.clip import OPENAI_L14, shared_clip
 from flowopd.rewards.geneval.colours import ColorNamer
 from flowopd.rewards.geneval.detector import META, Detector, read_detector
-from flowopd.rewards.geneval.verdicts import Detection, Found, Scene, correct, partial, select, strict, to_color
-from flowopd.rewards.model import ModelReward, Precision
+from flowopd.rewards.geneval.verdicts import (
+    Compat,
+    Detection,
+    Found,
+    Scene,
+    Verdict,
+    correct,
+    partial,
+    select,
+    strict,
+    to_color,
+)
+from flowopd.rewards.model import ModelReward, Precision, check_choice
 
 
 class GenEval(ModelReward):
@@ -44,20 +54,21 @@ class GenEval(ModelReward):
         revision: str | None = None,
         clip: str = OPENAI_L14,
         clip_revision: str | None = None,
-        verdict: Literal["correct", "strict", "partial"] = "partial",
-        compat: Literal["fixed", "flow_grpo"] = "fixed",
+        verdict: Verdict = "partial",
+        compat: Compat = "fixed",
         batch_size: int = 8,
         dtype: Precision = "float32",
         offload: bool = False,
     ) -> None:
-        super().__init__(batch_size, offload)
+        super().__init__(batch_size, offload, dtype)
+        check_choice("verdict", verdict, Verdict)
+        check_choice("compat", compat, Compat)
         self.detector = detector
         self.revision = revision
         self.clip = clip
         self.clip_revision = clip_revision
         self.verdict = verdict
-        self.compat: Literal["fixed", "flow_grpo"] = compat
-        self.dtype: Precision = dtype
+        self.compat = compat
         self._detector: Detector
         self._namer: ColorNamer
 
@@ -68,7 +79,7 @@ class GenEval(ModelReward):
             FileNotFoundError: if one is not there, saying where to get it.
             ValueError: if one does not hold what it should.
         """
-        self._detector = read_detector(self.detector, self.revision, getattr(torch, self.dtype))
+        self._detector = read_detector(self.detector, self.revision, self.torch_dtype)
         self._namer = ColorNamer(shared_clip(self.clip, self.clip_revision, self.dtype))
 
     def networks(self) -> Iterable[nn.Module]:
@@ -81,6 +92,7 @@ class GenEval(ModelReward):
         Raises:
             ValueError: if a prompt has no metadata of GenEval, or unknown words in it.
         """
+        images = as_bytes(images, prompts)
         for prompt in prompts:  # a bad prompt speaks before weights are read
             Scene.of(prompt)
         return super().detail(images, prompts)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from flowopd.prompts.geneval import COLOURS, OBJECTS, RELATIONS
+from flowopd.prompts.geneval import COLOURS, OBJECTS, RELATIONS, TAGS
 from flowopd.records import Prompt
 
 Verdict = Literal["correct", "strict", "partial"]
@@ -68,7 +68,7 @@ class Scene:
         """Read ``prompt.metadata``, a line of GenEval's own JSONL: ``{"tag", "include", "exclude"}``.
 
         Raises:
-            ValueError: if it is missing, incomplete, or names an unknown object, colour or relation.
+            ValueError: if it is missing, incomplete, or names an unknown tag, object, colour or relation.
         """
         metadata = prompt.metadata
         if "tag" not in metadata or not metadata.get("include"):
@@ -77,16 +77,18 @@ class Scene:
                 "'include' as in GenEval's JSONL files"
             )
         try:
+            if metadata["tag"] not in TAGS:
+                raise ValueError(f"unknown tag {metadata['tag']!r}; expected one of {', '.join(TAGS)}")
             include = tuple(_clause(entry, k) for k, entry in enumerate(metadata["include"]))
-            return cls(metadata["tag"], include, tuple(_clause(entry, 0) for entry in metadata.get("exclude", ())))
-        except ValueError as error:
+            return cls(metadata["tag"], include, tuple(_clause(entry, 0) for entry in metadata.get("exclude") or ()))
+        except (TypeError, ValueError) as error:
             raise ValueError(f"prompt {prompt.text!r}: {error}") from error
 
 
 def _clause(entry: Mapping[str, Any], index: int) -> Clause:
     """Clause number ``index``; a position may refer to those before it."""
-    if not {"class", "count"} <= set(entry):
-        raise ValueError(f"a GenEval clause needs 'class' and 'count', got {dict(entry)}")
+    if not isinstance(entry, Mapping) or not {"class", "count"} <= set(entry):
+        raise ValueError(f"a GenEval clause needs 'class' and 'count', got {entry!r}")
     clause = Clause(entry["class"], entry["count"], entry.get("color"), _position(entry, index))
     if clause.label not in OBJECTS:
         raise ValueError(f"unknown object {clause.label!r}; GenEval knows COCO's 80, such as 'bench' or 'tv remote'")

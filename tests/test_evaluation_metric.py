@@ -3,11 +3,13 @@
 import json
 
 import pytest
+import tiny
 import torch
 from ranks import run_ranks
 from torch import distributed
 
 from flowopd.evaluation import Column, GroupedMean, Scoreboard
+from flowopd.training import RewardCallback
 
 GROUPS = ["single", "two", "counting", "unused"]
 NAN = torch.nan
@@ -102,3 +104,21 @@ def test_rows_of_other_tasks_are_no_failures(caplog):
     assert [record.getMessage() for record in caplog.records] == [
         "1 of 4 scores of 'b' failed; its mean is over the others"
     ]
+
+
+def test_a_macro_column_is_the_mean_of_its_parts_means():
+    board, counted = (
+        Scoreboard(["g", "g/few", "g/many", "g/none"], ["g"], {"g": ["g/few", "g/many", "g/none"]}),
+        [True] * 4,
+    )
+    few, many = torch.tensor([1.0, NAN, NAN, NAN]), torch.tensor([NAN, 0.0, 0.0, 0.5])
+    parts = {"g/few": Column(few, ~few.isnan()), "g/many": Column(many, ~many.isnan())}
+    parts["g/none"] = Column(torch.full((4,), NAN), torch.zeros(4, dtype=torch.bool))
+    board.update({"g": torch.tensor([1.0, 0.0, 0.0, 0.5])} | parts, torch.ones(4, dtype=torch.bool))
+    assert board.compute()["g"] == pytest.approx((1 + 0.5 / 3) / 2)
+    assert board.compute()["average"] == board.compute()["g"]
+
+
+def test_a_macro_mean_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="no columns"):
+        RewardCallback("geneval", tiny.Brightness(), macro=True)

@@ -54,7 +54,7 @@ def test_a_result_draws_in_stock_diffusers_as_shown(monkeypatch):
     shown = "runs/tiles/opd/adapter"
     assert shown in snippet
     names: dict[str, object] = {}
-    exec(compile(snippet.replace(shown, str(tiles.asset("student"))), "README.md", "exec"), names)  # noqa: S102
+    exec(compile(snippet.replace(shown, str(tiles.asset("student"))), "README.md", "exec"), names)
     assert names["pipe"].transformer.config.sample_size
 
 

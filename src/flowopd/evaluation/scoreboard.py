@@ -34,12 +34,16 @@ class Scoreboard(Tally):
     Args:
         columns: names, in order.
         averaged: the columns whose mean is called ``average``.
+        macro: columns whose mean is that of other columns' means, each of which counts alike, by name.
     """
 
-    def __init__(self, columns: Sequence[str], averaged: Sequence[str]) -> None:
+    def __init__(
+        self, columns: Sequence[str], averaged: Sequence[str], macro: Mapping[str, Sequence[str]] | None = None
+    ) -> None:
         super().__init__(len(columns))
         self.columns = list(columns)
         self.averaged = list(averaged)
+        self.macro = dict(macro or {})
 
     def update(self, scores: Mapping[str, Tensor | Column], counted: Tensor) -> None:
         """Add scores (B,) by column; NaN and rows that only pad the batch are left out."""
@@ -53,6 +57,7 @@ class Scoreboard(Tally):
         """Means by column, NaN for one without a score, and ``average``; too many failures are told in the log."""
         self._tell_failures()
         means = dict(zip(self.columns, (self.total / self.count).tolist(), strict=True))
+        means |= {name: _mean([means[part] for part in parts]) for name, parts in self.macro.items()}
         if not self.averaged:
             return means
         return means | {"average": sum(means[name] for name in self.averaged) / len(self.averaged)}
@@ -65,3 +70,8 @@ class Scoreboard(Tally):
                 logger.warning(
                     "%d of %d scores of %r failed; its mean is over the others", failed, failed + count, name
                 )
+
+
+def _mean(means: Sequence[float]) -> float:
+    """Mean of those that are there."""
+    return torch.tensor(means, dtype=torch.float64).nanmean().item()

@@ -38,6 +38,11 @@ class RewardCallback(Callback):
         background: while training, score a batch of finished pictures on the CPU, in a thread of its own, as the next
             batch is sampled; for rewards that compute on the CPU or wait for a server.
         columns: parts of its scores that are columns of every evaluation too, as ``<name>/<part>``.
+        macro: its own column is the mean of these columns' means, so that each counts alike, however many prompts it
+            has: GenEval's number over its six tags.
+
+    Raises:
+        ValueError: if ``macro`` is without ``columns``.
     """
 
     def __init__(
@@ -49,7 +54,10 @@ class RewardCallback(Callback):
         in_average: bool = True,
         background: bool = False,
         columns: list[str] | None = None,
+        macro: bool = False,
     ) -> None:
+        if macro and not columns:
+            raise ValueError(f"reward {name!r} is a macro mean of no columns; name the parts in `columns`")
         self.name = name
         self.reward = reward
         self.tasks = tasks
@@ -57,6 +65,7 @@ class RewardCallback(Callback):
         self.in_average = in_average
         self.background = background
         self.columns = columns or []
+        self.macro = macro
         self._executor = Executor(self.detail)
 
     @property
@@ -246,8 +255,10 @@ class Signals:
     def scoreboard(self) -> Scoreboard:
         """An empty scoreboard with a column per reward, and one per part that was asked for."""
         averaged = [callback.name for callback in self.rewards if callback.in_average]
-        parts = [(callback.name, [f"{callback.name}/{part}" for part in callback.columns]) for callback in self.rewards]
-        return Scoreboard([column for name, columns in parts for column in (name, *columns)], averaged)
+        macro = [callback.name for callback in self.rewards if callback.macro]
+        parts = {callback.name: [f"{callback.name}/{part}" for part in callback.columns] for callback in self.rewards}
+        columns = [column for name, own in parts.items() for column in (name, *own)]
+        return Scoreboard(columns, averaged, {name: parts[name] for name in macro})
 
     def training(self) -> list[RewardCallback]:
         """The rewards that have a weight."""

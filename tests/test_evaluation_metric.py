@@ -107,10 +107,8 @@ def test_rows_of_other_tasks_are_no_failures(caplog):
 
 
 def test_a_macro_column_is_the_mean_of_its_parts_means():
-    board, counted = (
-        Scoreboard(["g", "g/few", "g/many", "g/none"], ["g"], {"g": ["g/few", "g/many", "g/none"]}),
-        [True] * 4,
-    )
+    tags = ["g/few", "g/many", "g/none"]
+    board = Scoreboard(["g", *tags], ["g"], {"g": tags})
     few, many = torch.tensor([1.0, NAN, NAN, NAN]), torch.tensor([NAN, 0.0, 0.0, 0.5])
     parts = {"g/few": Column(few, ~few.isnan()), "g/many": Column(many, ~many.isnan())}
     parts["g/none"] = Column(torch.full((4,), NAN), torch.zeros(4, dtype=torch.bool))

@@ -177,6 +177,12 @@ def test_a_mistake_on_the_command_line_is_one_sentence(config, refusal, option):
     assert re.search(expected, refusal("fit", "--config", config(), *small(), f"--{option}", value))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_missing_gpu_is_one_sentence(config, refusal):
+    said = refusal("fit", "--config", config(), *small(), "--trainer.accelerator", "gpu")
+    assert said.startswith("trainer.accelerator is gpu, but no GPU is found here; ")
+
+
 PROMPT_FILES = {
     "missing": (None, "", r"^prompt file 'prompts.txt' does not exist"),
     "empty": ("\n \n", "", r"^prompt file 'prompts.txt' holds no prompt; expected one per line"),

@@ -18,6 +18,7 @@ from flowopd.models import LoRASpec
 from flowopd.models.lora import ATTENTION, adapter_names, adapter_parameters, read_adapter
 from flowopd.teachers import LoRATeacher
 from flowopd.training import EMA, AdapterExport, OPDStudent, RewardCallback, TeacherCallback
+from flowopd.training.check import SelfCheck
 from flowopd.training.lifecycle import plugins
 from flowopd.training.strategies import check_name
 
@@ -41,7 +42,7 @@ def experts(tiny_pipeline, tmp_path_factory):
 def fit(tiny_pipeline, experts):
     """Fit a student of two tasks; checkpoints, its average and the drawn scores stay in a folder."""
 
-    def run(folder, ranks: dict, ckpt_path=None, recompute: bool = False, max_epochs: int = 2, **options) -> OPDStudent:
+    def run(folder, ranks: dict, ckpt_path=None, recompute=False, max_epochs=2, first=(), **options) -> OPDStudent:
         torch.manual_seed(0)
         policy = tiny.policy(OPDStudent, tiny_pipeline, optimizer=MOMENTUM, lora=LORA)
         if recompute:
@@ -49,7 +50,7 @@ def fit(tiny_pipeline, experts):
             policy.backbone.network.enable_gradient_checkpointing()
         saving = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
         reward = RewardCallback("brightness", tiny.Brightness())
-        callbacks = [*teachers(experts), reward, EMA(0.9), AdapterExport(), saving]
+        callbacks = [*first, *teachers(experts), reward, EMA(0.9), AdapterExport(), saving]
         options = {"accumulate_grad_batches": 3 if ranks else 6, "gradient_clip_val": 0.01} | options
         options = {"limit_val_batches": 1.0} | options
         trainer = tiny.trainer(folder, callbacks, max_epochs, enable_checkpointing=True, **ranks, **options)
@@ -123,6 +124,14 @@ def test_two_nodes_train_what_two_ranks_of_one_train(fit, sharded, tmp_path, lau
 def test_recomputed_activations_give_the_same_gradient(fit, sharded, tmp_path):
     run_ranks(lambda: fit(tmp_path, FSDP2, recompute=True))
     assert_same_leaves(checkpoint(sharded, 1, "state_dict"), checkpoint(tmp_path, 1, "state_dict"), atol=1e-6)
+
+
+@pytest.mark.parametrize(("ranks", "unchecked"), [(FSDP2, "sharded"), (DDP, "replicated")], ids=["fsdp2", "ddp"])
+def test_a_self_check_changes_nothing_that_is_trained(fit, tmp_path, request, ranks, unchecked):
+    """It runs a forward with gradient whose backward never comes, before the first update."""
+    run_ranks(lambda: fit(tmp_path, ranks, first=[SelfCheck()]))
+    expected = checkpoint(request.getfixturevalue(unchecked), 1, "state_dict")
+    assert_same_leaves(expected, checkpoint(tmp_path, 1, "state_dict"), atol=1e-6)
 
 
 def test_mixed_precision_runs_sharded(fit, sharded, tmp_path):

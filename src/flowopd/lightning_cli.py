@@ -18,6 +18,7 @@ from typing import Any
 
 import jsonargparse
 import torch
+from diffusers.utils.logging import disable_progress_bar as hide_diffusers_bars
 from jsonargparse.typing import PositiveInt
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -26,6 +27,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from transformers.utils.logging import disable_progress_bar as hide_transformers_bars
 
 import flowopd
 from flowopd.tiles import asset
@@ -282,6 +284,8 @@ def _sentence(error: BaseException) -> str:
 
 def _explained(fault: str, owner: str) -> str:
     """A fault of the parser, with the names that would have been right."""
+    if fault == "No supported gpu backend found!":
+        return "trainer.accelerator is gpu, but no GPU is found here; run where there is one, or give cpu"
     if found := re.fullmatch(r"Option '(\w+)' is not accepted", fault):
         options = list(inspect.signature(_import(owner)).parameters)
         return f"{owner} has no option {found[1]!r}{_perhaps(found[1], options)}; it takes: {', '.join(options)}"
@@ -306,6 +310,8 @@ def _import(path: str) -> Any:  # noqa: ANN401
 
 
 def _quieten() -> None:
+    hide_diffusers_bars()  # of loading, which would tear verdicts and tables apart; downloads keep theirs
+    hide_transformers_bars()
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
     warnings.filterwarnings("ignore", message=".*Experiment logs directory .* exists and is not empty.*")

@@ -156,7 +156,7 @@ def recipe_fits(subject: Subject) -> str:
     subject.data._check_sizes(subject.ranks)
     subject.data.setup("fit")
     rows = subject.data.prompts_per_iteration * subject.data.group_size
-    return f"{rows} trajectories per iteration on {subject.ranks} ranks, batches of {subject.data.batch_size}"
+    return f"{rows} trajectories per iteration, in batches of {subject.data.batch_size}; ranks: {subject.ranks}"
 
 
 def devices_are_there(subject: Subject) -> str:
@@ -165,7 +165,7 @@ def devices_are_there(subject: Subject) -> str:
     found = torch.cuda.device_count() if device.type == "cuda" else 1
     if device.type == "cuda" and subject.ranks > found:
         raise Warned(f"{subject.ranks} ranks were asked for, this machine has {found} devices; right on several nodes")
-    return f"{device.type}, {found} of them, for {subject.ranks} ranks"
+    return f"{device.type}, {found} on this machine; ranks: {subject.ranks}"
 
 
 def prompts_answer(subject: Subject) -> str:

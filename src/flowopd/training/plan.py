@@ -259,7 +259,8 @@ def _memory_table(planned: Plan) -> Table:
 
 
 def _work_table(planned: Plan, hardware: Hardware, speed: Speed | None) -> Table:
-    table = Table(f"work of every optimiser step, each of {hardware.ranks} ranks", "forwards", "TFLOP")
+    each = f", each of {hardware.ranks} ranks" if hardware.ranks > 1 else ""
+    table = Table(f"work of every optimiser step{each}", "forwards", "TFLOP")
     for column in table.columns[1:]:
         column.justify = "right"
     for name in dict.fromkeys([*planned.forwards, *planned.flop]):

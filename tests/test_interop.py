@@ -365,7 +365,7 @@ def test_the_card_is_the_hub_s_and_tells_how_the_adapter_was_made(backbone, tiny
     export_adapter(adapter, tmp_path, told)
     content = HubCard.load(tmp_path / "README.md")
     assert content.data.base_model == "org/base"
-    assert content.data.library_name == "peft"
+    assert content.data.to_dict()["library_name"] == "peft"
     assert {"flowopd", "lora"} <= set(content.data.tags)
     facts = (
         "OPDStudent",

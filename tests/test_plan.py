@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from flowopd.core import Anchored, ClippedSurrogate, StateRewardSurrogate, TransitionKL
 from flowopd.models import LoRASpec, Merge, SD3Backbone
@@ -25,6 +24,7 @@ from flowopd.training import (
     TeacherCallback,
     costs,
 )
+from flowopd.training.costs import flop_counter
 from flowopd.training.counting import DECODED, SAMPLED, TRAINED, count_forwards
 from flowopd.training.plan import Hardware, device_count, measured, optimizer_bytes, plan, seconds, show_plan
 from flowopd.training.shapes import KNOWN, Shapes, nbytes, parameter_count
@@ -82,7 +82,7 @@ def test_the_text_encoders_of_the_medium_model_take_eleven_gigabytes():
 def test_a_forward_of_the_medium_model_at_512_pixels_is_2_22_tflop():
     shapes = Shapes(medium())
     network = shapes.transformer()
-    with torch.no_grad(), FlopCounterMode(display=False) as counted:
+    with torch.no_grad(), flop_counter() as counted:
         network(**costs.one_row(shapes))
     assert counted.get_total_flops() / 1e12 == pytest.approx(2.22, abs=0.01)
 
@@ -194,7 +194,7 @@ def test_a_trace_keeps_what_autograd_keeps(tiny_pipeline, checkpointing):
     if checkpointing:
         network.enable_gradient_checkpointing()
     kept = costs._Kept(network)
-    with kept, FlopCounterMode(display=False) as flop:
+    with kept, flop_counter() as flop:
         network(**costs.one_row(shapes, device="cpu"))
     traced = costs.trace(shapes, LoRASpec(4, 8), autocast=False)
     assert kept.total() == (traced.kept_checkpointed if checkpointing else traced.kept)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from flowopd.models import LoRASpec
 from flowopd.training.shapes import Shapes, materialise
@@ -60,16 +60,27 @@ def trace(shapes: Shapes, lora: LoRASpec, autocast: bool) -> Cost:
     network = shapes.adapted(lora)
     network.disable_gradient_checkpointing()
     velocity, kept, forward = _forward(network, shapes, autocast)
-    with FlopCounterMode(display=False) as backward:
+    with flop_counter() as backward:
         velocity.float().sum().backward()
     network.enable_gradient_checkpointing()
     _, checkpointed, _ = _forward(network, shapes, autocast)
     return Cost(forward, float(backward.get_total_flops()), kept.total(), checkpointed.total(), kept.largest())
 
 
+def flop_counter() -> FlopCounterMode:
+    """Counts FLOP, those of attention too: torch 2.11 does not know the operator that ``_OnDevice`` calls."""
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    mapping = {
+        attention: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+        backward: lambda out, q, k, v, *_, **__: sdpa_backward_flop_count(out, q, k, v),
+    }
+    return FlopCounterMode(display=False, custom_mapping=mapping)
+
+
 def _forward(network: nn.Module, shapes: Shapes, autocast: bool) -> tuple[Tensor, _Kept, float]:
     kept = _Kept(network)
-    with _OnDevice(autocast), kept, FlopCounterMode(display=False) as counted:
+    with _OnDevice(autocast), kept, flop_counter() as counted:
         velocity: Tensor = network(**one_row(shapes))[0]
     return velocity, kept, float(counted.get_total_flops())
 

@@ -8,8 +8,10 @@ import tiny
 import torch
 import yaml
 
-from flowopd.cli import main
+from flowopd.cli.main import main
 from flowopd.core import ClippedSurrogate, LinearSchedule, ShiftedSchedule, TransitionKL
+from flowopd.preflight import SelfCheck
+from flowopd.preflight import check as checks
 from flowopd.rollouts import Sampler
 from flowopd.teachers import BaseTeacher, FullTeacher, LoRATeacher
 from flowopd.training import (
@@ -17,10 +19,8 @@ from flowopd.training import (
     GRPOTeacher,
     OPDStudent,
     RewardCallback,
-    SelfCheck,
     TeacherCallback,
 )
-from flowopd.training import check as checks
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 

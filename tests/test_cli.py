@@ -15,9 +15,9 @@ import tiny
 import torch
 from PIL import Image
 
-from flowopd import lightning_cli
-from flowopd.cli import main
-from flowopd.models.lora import read_adapter
+from flowopd.cli import run as command_line
+from flowopd.cli.main import main
+from flowopd.models.adapters.lora import read_adapter
 from flowopd.tiles import asset
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -231,7 +231,7 @@ def test_an_unknown_subcommand_is_one_sentence(refusal):
 
 
 def test_help_and_version_answer_without_torch():
-    code = "import sys; from flowopd.cli import main; main(); assert 'torch' not in sys.modules"
+    code = "import sys; from flowopd.cli.main import main; main(); assert 'torch' not in sys.modules"
     for word, expected in (("--help", "usage: flowopd"), ("--version", r"\d+\.\d+")):
         answer = subprocess.run([sys.executable, "-c", code, word], capture_output=True, text=True, check=True)
         assert re.match(expected, answer.stdout)
@@ -247,8 +247,8 @@ BUILT = sorted(path for path in (CONFIGS / "tiles").glob("*.yaml") if path.stem 
 
 @pytest.mark.parametrize("path", BUILT, ids=lambda path: path.stem)
 def test_every_config_builds(path, adapters, monkeypatch):
-    monkeypatch.setattr(lightning_cli, "asset", lambda name: adapters.get(name) or asset(name))
-    monkeypatch.setattr(lightning_cli.LightningCLI, "_run_subcommand", lambda *_: None)
+    monkeypatch.setattr(command_line, "asset", lambda name: adapters.get(name) or asset(name))
+    monkeypatch.setattr(command_line.LightningCLI, "_run_subcommand", lambda *_: None)
     subcommand = "test" if path.stem == "evaluate" else "fit"
     where = {"trainer.accelerator": "cpu", "trainer.default_root_dir": "run", "trainer.precision": "32-true"}
     monkeypatch.setattr(sys, "argv", ["flowopd", subcommand, "--config", str(path), *options(where)])

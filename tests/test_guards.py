@@ -13,7 +13,7 @@ from flowopd.core import Anchored, GroupAdvantage, TransitionKL
 from flowopd.evaluation import drift
 from flowopd.teachers import BaseTeacher, LoRATeacher
 from flowopd.training import AnchorCallback, GRPOTeacher, OPDStudent, RewardCallback, TeacherCallback
-from flowopd.training.guards import Alarm, DriftMetrics, Guard
+from flowopd.training.callbacks.guards import Alarm, DriftMetrics, Guard
 
 # ------------------------------------------------------------------------------------------------------------- figures
 

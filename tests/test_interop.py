@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from tiny import loaded
 
 from flowopd.models import AdapterSource, LoRASpec, Merge, SD3Backbone
-from flowopd.models.export import DIFFUSERS_WEIGHTS, ModelCard, export_adapter
-from flowopd.models.lora import CONFIG, Adapter, adapter_parameters, add_adapter, read_adapter, take_adapter
+from flowopd.models.adapters.export import DIFFUSERS_WEIGHTS, ModelCard, export_adapter
+from flowopd.models.adapters.lora import CONFIG, Adapter, adapter_parameters, add_adapter, read_adapter, take_adapter
 from flowopd.rollouts import Sampler
 from flowopd.teachers import FullTeacher, LoRATeacher
 from flowopd.training import AdapterExport, OPDStudent, TeacherCallback
@@ -414,7 +414,7 @@ def fill_disk_at(victim: str, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     places = {
-        "adapter": "flowopd.models.lora.save_file",
+        "adapter": "flowopd.models.adapters.lora.save_file",
         "config": "peft.LoraConfig.save_pretrained",
         "diffusers": "diffusers.StableDiffusion3Pipeline.save_lora_weights",
         "card": "pathlib.Path.write_text",

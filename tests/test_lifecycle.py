@@ -16,10 +16,10 @@ from lightning.fabric.plugins.io import torch_io
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from ranks import free_port, one_node, run_ranks, slurm_node, torchrun_node
 
-from flowopd.lightning_cli import Checkpoints, _meant
+from flowopd.cli.run import Checkpoints, _meant
 from flowopd.teachers import LoRATeacher
 from flowopd.training import EMA, ImageGrid, OPDStudent, PictureFolder, RewardCallback, TeacherCallback
-from flowopd.training.lifecycle import OrderlyEnd, SharedFolder, WholeCheckpoints, check_launch, is_first, plugins
+from flowopd.training.ranks.lifecycle import OrderlyEnd, SharedFolder, WholeCheckpoints, check_launch, is_first, plugins
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 

@@ -10,8 +10,8 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor
 
 from flowopd.models import AdapterSource, Merge
-from flowopd.models.lora import Adapter, adapter_names, attach, read_adapter, save_adapter, take_adapter
-from flowopd.models.merge import dare, inner, merge_report, ties, truncate, truncate_factors
+from flowopd.models.adapters.lora import Adapter, adapter_names, attach, read_adapter, save_adapter, take_adapter
+from flowopd.models.adapters.merge import dare, inner, merge_report, ties, truncate, truncate_factors
 
 FEED_FORWARD = ("attn.to_q", "ff.net.0.proj", "ff.net.2")
 KINDS = [

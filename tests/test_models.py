@@ -14,7 +14,7 @@ from tiny import loaded
 
 from flowopd.core import CPS, ODE, FlowSDE, ShiftedSchedule
 from flowopd.models import LoRASpec, SD3Backbone
-from flowopd.models.lora import (
+from flowopd.models.adapters.lora import (
     PREFIX,
     WEIGHTS,
     Adapter,

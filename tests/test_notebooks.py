@@ -11,7 +11,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from flowopd.rewards.serve import build, parser
+from flowopd.rewards.remote.serve import build, parser
 
 HOME = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(path.name for path in HOME.glob("*.ipynb"))

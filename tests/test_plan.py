@@ -10,7 +10,12 @@ import torch
 
 from flowopd.core import Anchored, ClippedSurrogate, StateRewardSurrogate, TransitionKL
 from flowopd.models import LoRASpec, Merge, SD3Backbone
-from flowopd.models.lora import adapter_parameters, add_adapter
+from flowopd.models.adapters.lora import adapter_parameters, add_adapter
+from flowopd.preflight import costs
+from flowopd.preflight.costs import flop_counter
+from flowopd.preflight.forwards import DECODED, SAMPLED, TRAINED, count_forwards
+from flowopd.preflight.plan import Hardware, device_count, measured, optimizer_bytes, plan, seconds, show_plan
+from flowopd.preflight.shapes import KNOWN, Shapes, nbytes, parameter_count
 from flowopd.rollouts import Sampler
 from flowopd.teachers import BaseTeacher, LoRATeacher
 from flowopd.training import (
@@ -22,12 +27,7 @@ from flowopd.training import (
     OPDStudent,
     RewardCallback,
     TeacherCallback,
-    costs,
 )
-from flowopd.training.costs import flop_counter
-from flowopd.training.counting import DECODED, SAMPLED, TRAINED, count_forwards
-from flowopd.training.plan import Hardware, device_count, measured, optimizer_bytes, plan, seconds, show_plan
-from flowopd.training.shapes import KNOWN, Shapes, nbytes, parameter_count
 
 MEDIUM = "stabilityai/stable-diffusion-3.5-medium"
 LORA = 18_776_064  # numbers of an adapter of rank 32 on the attention projections

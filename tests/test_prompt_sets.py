@@ -12,7 +12,7 @@ from threading import Thread
 
 import pytest
 
-from flowopd.cli import main
+from flowopd.cli.main import main
 from flowopd.prompts import GenEvalPrompts, OCRPrompts, PromptFile, PromptSource, sets
 from flowopd.prompts.files import write
 from flowopd.prompts.geneval import COLOURS, NUMBERS, OBJECTS, OFFICIAL_SHA256, RELATIONS, TRAINED, official

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from flowopd import tiles
-from flowopd.cli import HELP, VERBS
+from flowopd.cli.main import HELP, VERBS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

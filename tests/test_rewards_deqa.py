@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from flowopd.records import Prompt
 from flowopd.rewards import DeQA
-from flowopd.rewards.deqa import preprocess, read_owl2
-from flowopd.rewards.owl2 import AFTER, BEFORE, LEVELS, AbstractorSizes, Owl2, Sizes, VisionSizes, rotary
+from flowopd.rewards.deqa.owl2 import AFTER, BEFORE, LEVELS, AbstractorSizes, Owl2, Sizes, VisionSizes, rotary
+from flowopd.rewards.deqa.reward import preprocess, read_owl2
 
 VISION = VisionSizes(32, 48, num_hidden_layers=2, num_attention_heads=4, image_size=28)
 ABSTRACTOR = AbstractorSizes(6, 32, 40, num_hidden_layers=2, num_attention_heads=4)

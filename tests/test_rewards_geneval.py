@@ -18,7 +18,7 @@ from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation,
 from transformers.models.mask2former import modeling_mask2former
 from transformers.models.swin.modeling_swin import SwinPatchMerging
 
-from flowopd.cli import main
+from flowopd.cli.main import main
 from flowopd.prompts.geneval import COLOURS, OBJECTS, TAGS
 from flowopd.records import Prompt
 from flowopd.rewards import DetailedReward, GenEval, Reward, Scores, detailed

@@ -20,10 +20,10 @@ import torch
 from lightning import Callback
 from ranks import free_port
 
-from flowopd.cli import main
+from flowopd.cli.main import main
 from flowopd.records import Prompt
 from flowopd.rewards import RemoteReward, Scores
-from flowopd.rewards.serve import read, reply
+from flowopd.rewards.remote.serve import read, reply
 from flowopd.tiles import Crispness
 from flowopd.training import GRPOTeacher, RewardCallback
 
@@ -265,7 +265,7 @@ def test_what_is_not_a_number_leaves_as_null():
 
 
 def test_pictures_of_two_sizes_are_refused():
-    from flowopd.rewards.remote import _body
+    from flowopd.rewards.remote.client import _body
 
     small, large = (json.loads(_body(torch.zeros(1, 3, s, s, dtype=torch.uint8), ask("a"))) for s in (4, 8))
     with pytest.raises(ValueError, match=r"expected images of one size, got \[\(4, 4\), \(8, 8\)\]"):
@@ -409,7 +409,7 @@ def test_bad_input_of_a_client_is_one_sentence():
 
 def test_the_built_in_rewards_read_what_the_wire_brings():
     """Images leave as bytes and arrive in [0, 1]."""
-    from flowopd.rewards.remote import _body
+    from flowopd.rewards.remote.client import _body
 
     images = torch.rand(2, 3, 32, 32)
     arrived, prompts = read(json.loads(_body((images * 255).round().byte(), ask("a", "b", n=1))))

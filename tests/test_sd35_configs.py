@@ -10,9 +10,9 @@ import torch
 import yaml
 from torch import Tensor
 
-from flowopd import lightning_cli
-from flowopd.cli import main
-from flowopd.models.lora import read_adapter
+from flowopd.cli import run as command_line
+from flowopd.cli.main import main
+from flowopd.models.adapters.lora import read_adapter
 from flowopd.records import Prompt
 from flowopd.training import FlowPolicy
 
@@ -105,9 +105,9 @@ def flowopd(monkeypatch):
 def built(monkeypatch, flowopd):
     """Build a run, and give what would run."""
 
-    def build(*words: str) -> lightning_cli.FlowCLI:
+    def build(*words: str) -> command_line.FlowCLI:
         made = []
-        monkeypatch.setattr(lightning_cli.LightningCLI, "_run_subcommand", lambda cli, _: made.append(cli))
+        monkeypatch.setattr(command_line.LightningCLI, "_run_subcommand", lambda cli, _: made.append(cli))
         flowopd(*words)
         return made[0]
 

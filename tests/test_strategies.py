@@ -15,12 +15,12 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves_with_path
 
 from flowopd.models import LoRASpec
-from flowopd.models.lora import ATTENTION, adapter_names, adapter_parameters, read_adapter
+from flowopd.models.adapters.lora import ATTENTION, adapter_names, adapter_parameters, read_adapter
+from flowopd.preflight.check import SelfCheck
 from flowopd.teachers import LoRATeacher
 from flowopd.training import EMA, AdapterExport, OPDStudent, RewardCallback, TeacherCallback
-from flowopd.training.check import SelfCheck
-from flowopd.training.lifecycle import plugins
-from flowopd.training.strategies import check_name
+from flowopd.training.ranks.lifecycle import plugins
+from flowopd.training.ranks.strategies import check_name
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The dirpath has changed"),  # of checkpoints: a resumed run gets its own folder

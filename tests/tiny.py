@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from flowopd.models import LoRASpec, SD3Backbone
-from flowopd.models.lora import ATTENTION
+from flowopd.models.adapters.lora import ATTENTION
 from flowopd.records import Prompt
 from flowopd.rollouts import Sampler
 from flowopd.training import FlowPolicy, RolloutDataModule

@@ -1,6 +1,6 @@
 """``python -m flowopd``."""
 
-from flowopd.cli import main
+from flowopd.cli.main import main
 
 if __name__ == "__main__":
     main()

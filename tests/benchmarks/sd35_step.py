@@ -24,14 +24,14 @@ from torch import Tensor
 
 from flowopd.core import Anchored, TransitionKL, Uniform
 from flowopd.models import LoRASpec, SD3Backbone
-from flowopd.models.lora import Adapter, save_adapter, take_adapter
+from flowopd.models.adapters.lora import Adapter, save_adapter, take_adapter
+from flowopd.preflight.costs import now
+from flowopd.preflight.plan import Hardware, Plan, plan
+from flowopd.preflight.shapes import ADAPTER, Shapes, materialise
 from flowopd.records import Conditioning, Prompt
 from flowopd.rollouts import Sampler
 from flowopd.teachers import LoRATeacher
 from flowopd.training import AnchorCallback, OPDStudent, RolloutDataModule, TeacherCallback
-from flowopd.training.costs import now
-from flowopd.training.plan import Hardware, Plan, plan
-from flowopd.training.shapes import ADAPTER, Shapes, materialise
 
 PARTS = ("rollout forward", "teachers", "anchor", "student forward", "backward", "optimiser", "the rest")
 GUIDANCE = 4.5

@@ -1,8 +1,8 @@
 """Backbones and their adapters."""
 
+from flowopd.models.adapters.lora import AdapterSource, LoRASpec
+from flowopd.models.adapters.merge import Merge
 from flowopd.models.backbone import Backbone
-from flowopd.models.lora import AdapterSource, LoRASpec
-from flowopd.models.merge import Merge
 from flowopd.models.sd3 import SD3Backbone
 
 __all__ = ["AdapterSource", "Backbone", "LoRASpec", "Merge", "SD3Backbone"]

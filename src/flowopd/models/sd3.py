@@ -18,9 +18,9 @@ from diffusers import (
 from torch import Tensor, nn
 
 from flowopd.core.guidance import guided
+from flowopd.models.adapters.lora import use_adapter
 from flowopd.models.backbone import Backbone
-from flowopd.models.hub import ModelFiles, reading
-from flowopd.models.lora import use_adapter
+from flowopd.models.files import ModelFiles, reading
 from flowopd.models.textcache import TextFolder, TextKey, TextMemory
 from flowopd.records import Conditioning
 

@@ -12,10 +12,10 @@ _HOMES: dict[str, str] = {
     "ImageReward": "image_reward",
     "PickScore": "pickscore",
     "OCR": "ocr",
-    "RemoteReward": "remote",
+    "RemoteReward": "remote.client",
     "DeQA": "deqa",
     "GenEval": "geneval",
-    "Judge": "judges",
+    "Judge": "remote.judges",
     "Weighted": "weighted",
 }  # public name: module of this folder
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from flowopd.models import Backbone, SD3Backbone
-from flowopd.models.lora import Adapter, adapter_names, attach, read_adapter
+from flowopd.models.adapters.lora import Adapter, adapter_names, attach, read_adapter
 from flowopd.records import Conditioning
 
 

@@ -1,13 +1,19 @@
 """Lightning modules, the rollout data module and their callbacks."""
 
-from flowopd.training.check import SelfCheck
+from flowopd.training.callbacks.ema import EMA
+from flowopd.training.callbacks.guards import DriftMetrics, Guard
+from flowopd.training.callbacks.reports import (
+    AdapterExport,
+    ImageGrid,
+    MergeReport,
+    PictureFolder,
+    Progress,
+    ResultsTable,
+)
 from flowopd.training.cold_start import SFT, ColdStart
-from flowopd.training.ema import EMA
 from flowopd.training.grpo_teacher import GRPOTeacher
-from flowopd.training.guards import DriftMetrics, Guard
 from flowopd.training.opd_student import OPDStudent
 from flowopd.training.policy import FlowPolicy
-from flowopd.training.reports import AdapterExport, ImageGrid, MergeReport, PictureFolder, Progress, ResultsTable
 from flowopd.training.rollout_data import RolloutDataModule
 from flowopd.training.signals import AnchorCallback, RewardCallback, TeacherCallback
 
@@ -29,6 +35,5 @@ __all__ = [
     "ResultsTable",
     "RewardCallback",
     "RolloutDataModule",
-    "SelfCheck",
     "TeacherCallback",
 ]

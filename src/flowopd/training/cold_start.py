@@ -15,8 +15,8 @@ from flowopd.core.paths import interpolate, velocity_from
 from flowopd.models import Backbone, LoRASpec, Merge
 from flowopd.records import Conditioning, Rollout, StepBatch
 from flowopd.rollouts import RowNoise, Sampler, VelocityField
+from flowopd.training.callbacks.reports import MergeReport
 from flowopd.training.policy import FlowPolicy
-from flowopd.training.reports import MergeReport
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from flowopd.core.objectives import Objective, needs
 from flowopd.evaluation import Scoreboard
 from flowopd.models import Backbone, LoRASpec, Merge
-from flowopd.models.lora import Adapter, adapter_parameters, add_adapter, attach, read_adapter, take_adapter
+from flowopd.models.adapters.lora import Adapter, adapter_parameters, add_adapter, attach, read_adapter, take_adapter
 from flowopd.records import Conditioning, EvaluationBatch, Prompt, Rollout, StepBatch
 from flowopd.rollouts import RowNoise, Sampler, VelocityField
-from flowopd.training.ema import average_in
+from flowopd.training.callbacks.ema import average_in
+from flowopd.training.ranks.strategies import FSDP2, MADE_BY, check_resumable, check_trainer, made_by
 from flowopd.training.signals import Signals, signals_of
-from flowopd.training.strategies import FSDP2, MADE_BY, check_resumable, check_trainer, made_by
 
 STUDENT = "student"
 

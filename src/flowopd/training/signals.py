@@ -23,7 +23,7 @@ from flowopd.rewards import Reward, Scores, detailed
 from flowopd.rewards.executor import Executor
 from flowopd.rollouts import Sampler
 from flowopd.teachers import Router, Teacher
-from flowopd.training.strategies import is_sharded
+from flowopd.training.ranks.strategies import is_sharded
 
 
 class RewardCallback(Callback):

@@ -17,7 +17,7 @@ from torchvision.transforms.v2 import functional as vision
 
 from flowopd.records import Prompt
 from flowopd.rewards.base import Scores, as_bytes
-from flowopd.rewards.http import OnFailure, Unanswered, address, exchange, key_in, new_session, png, tell
+from flowopd.rewards.remote.http import OnFailure, Unanswered, address, exchange, key_in, new_session, png, tell
 
 FOLDER = Path(__file__).parent / "rubrics"
 NUMBER = r"[\s*]*([1-5](?:\.\d+)?)(?!\d)"  # "4", "**4.5", not "45"

@@ -11,11 +11,11 @@ from importlib import import_module
 LIGHTNING = ("fit", "validate", "test", "predict")
 
 # The other verbs: each function reads sys.argv itself. Those of ``RUNS`` take the words of a fit.
-RUNS = {"plan": "flowopd.lightning_cli:plan", "check": "flowopd.lightning_cli:check"}
+RUNS = {"plan": "flowopd.cli.run:plan", "check": "flowopd.cli.run:check"}
 TOOLS = {
     "data": "flowopd.prompts.data:main",
     "convert": "flowopd.rewards.geneval.convert:main",
-    "serve": "flowopd.rewards.serve:main",
+    "serve": "flowopd.rewards.remote.serve:main",
 }
 VERBS = (*LIGHTNING, *RUNS, *TOOLS)
 
@@ -54,7 +54,7 @@ def main() -> None:
     elif arguments[0] in TOOLS:
         _use(TOOLS[arguments[0]])
     elif arguments[0].startswith("-") or arguments[0] in VERBS:
-        _function(RUNS.get(arguments[0], "flowopd.lightning_cli:run"))()
+        _function(RUNS.get(arguments[0], "flowopd.cli.run:run"))()
     else:
         _refuse(f"there is no verb {arguments[0]!r}; expected one of {', '.join(VERBS)}")
 

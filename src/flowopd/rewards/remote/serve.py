@@ -34,8 +34,8 @@ from torch import Tensor
 
 from flowopd.records import Prompt
 from flowopd.rewards.base import Reward, Scores, detailed
-from flowopd.rewards.http import key_in
-from flowopd.rewards.remote import PROTOCOL, VERSION
+from flowopd.rewards.remote.client import PROTOCOL, VERSION
+from flowopd.rewards.remote.http import key_in
 
 LARGEST = 4096  # pixels of a side
 PAYLOAD = 1 << 29  # bytes of a request

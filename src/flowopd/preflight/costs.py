@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from flowopd.models import LoRASpec
-from flowopd.training.shapes import Shapes, materialise
+from flowopd.preflight.shapes import Shapes, materialise
 
 
 @dataclass(frozen=True)

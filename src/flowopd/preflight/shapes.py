@@ -15,7 +15,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from flowopd.models import LoRASpec, SD3Backbone
-from flowopd.models.lora import adapter_parameters, add_adapter
+from flowopd.models.adapters.lora import adapter_parameters, add_adapter
 from flowopd.records import Conditioning
 
 _SD3 = {

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from flowopd.models.hub import local_folder, refuse_corrupt
+from flowopd.models.files import local_folder, refuse_corrupt
 from flowopd.models.shards import whole
 
 PREFIX = "base_model.model."

@@ -20,11 +20,11 @@ from tqdm.auto import tqdm
 from flowopd.evaluation import contact_sheet, save_png, write_results
 from flowopd.evaluation.tables import cells, columns
 from flowopd.models import Backbone, Merge
-from flowopd.models.export import ModelCard, export_adapter
+from flowopd.models.adapters.export import ModelCard, export_adapter
 from flowopd.records import EvaluationBatch
 from flowopd.rollouts import VelocityField
 from flowopd.teachers import BaseTeacher
-from flowopd.training.ema import averaged
+from flowopd.training.callbacks.ema import averaged
 from flowopd.training.policy import FlowPolicy
 from flowopd.training.rollout_data import RolloutDataModule
 

@@ -12,7 +12,7 @@ from diffusers import StableDiffusion3Pipeline
 from huggingface_hub import ModelCardData
 
 from flowopd import __version__
-from flowopd.models.lora import Adapter, complete_or_nothing, write_peft
+from flowopd.models.adapters.lora import Adapter, complete_or_nothing, write_peft
 
 DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "lightning")

@@ -30,17 +30,17 @@ from omegaconf.errors import OmegaConfBaseException
 from transformers.utils.logging import disable_progress_bar as hide_transformers_bars
 
 import flowopd
+from flowopd.preflight.check import SelfCheck
+from flowopd.preflight.check import check as check_run
+from flowopd.preflight.forwards import idle_trainer
+from flowopd.preflight.plan import Hardware, measured, show_plan
+from flowopd.preflight.plan import plan as make_plan
 from flowopd.tiles import asset
 from flowopd.training import AdapterExport, FlowPolicy, PictureFolder, Progress, RolloutDataModule
-from flowopd.training.check import SelfCheck
-from flowopd.training.check import check as check_run
-from flowopd.training.counting import idle_trainer
-from flowopd.training.guards import Guard
-from flowopd.training.lifecycle import OrderlyEnd, SharedFolder, check_launch, is_first, plugins
-from flowopd.training.plan import Hardware, measured, show_plan
-from flowopd.training.plan import plan as make_plan
+from flowopd.training.callbacks.guards import Guard
+from flowopd.training.ranks.lifecycle import OrderlyEnd, SharedFolder, check_launch, is_first, plugins
+from flowopd.training.ranks.strategies import check_name
 from flowopd.training.signals import signals_among
-from flowopd.training.strategies import check_name
 
 PACKAGE = str(Path(flowopd.__file__).parent)
 

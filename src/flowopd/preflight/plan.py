@@ -17,14 +17,14 @@ from rich.table import Table
 from torch import Tensor
 
 from flowopd.models import LoRASpec, Merge, SD3Backbone
-from flowopd.models.lora import adapter_parameters
+from flowopd.models.adapters.lora import adapter_parameters
+from flowopd.preflight.costs import Cost, Speed, decode_flop, measure, trace
+from flowopd.preflight.forwards import DECODED, TRAINED, count_forwards
+from flowopd.preflight.shapes import ADAPTER, Shapes, adapter_spec, nbytes
 from flowopd.teachers import FullTeacher, LoRATeacher
-from flowopd.training.costs import Cost, Speed, decode_flop, measure, trace
-from flowopd.training.counting import DECODED, TRAINED, count_forwards
-from flowopd.training.ema import EMA
+from flowopd.training.callbacks.ema import EMA
 from flowopd.training.policy import FlowPolicy
 from flowopd.training.rollout_data import RolloutDataModule
-from flowopd.training.shapes import ADAPTER, Shapes, adapter_spec, nbytes
 from flowopd.training.signals import RewardCallback, Signals, signals_among
 
 GB = 1e9

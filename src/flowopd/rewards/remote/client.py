@@ -13,7 +13,17 @@ from torch import Tensor
 
 from flowopd.records import Prompt
 from flowopd.rewards.base import Scores, as_bytes
-from flowopd.rewards.http import RETRIED, OnFailure, Unanswered, address, exchange, key_in, new_session, png, tell
+from flowopd.rewards.remote.http import (
+    RETRIED,
+    OnFailure,
+    Unanswered,
+    address,
+    exchange,
+    key_in,
+    new_session,
+    png,
+    tell,
+)
 
 PROTOCOL, VERSION = "flowopd-reward", 1
 

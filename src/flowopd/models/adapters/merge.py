@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
-from flowopd.models.lora import Adapter, AdapterSource
+from flowopd.models.adapters.lora import Adapter, AdapterSource
 
 Method = Literal["exact", "factors", "svd", "ties", "dare"]
 

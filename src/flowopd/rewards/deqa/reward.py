@@ -19,8 +19,8 @@ from torchvision.transforms.v2 import functional as vision
 
 from flowopd.records import Prompt
 from flowopd.rewards.base import Scores
+from flowopd.rewards.deqa.owl2 import Owl2, Sizes
 from flowopd.rewards.model import ModelReward, Precision, read_tensors, weights_file
-from flowopd.rewards.owl2 import Owl2, Sizes
 
 SOURCE = "`hf download zhiyuanyou/DeQA-Score-Mix3` fetches DeQA's weights (16.4 GB)"
 WEIGHTS = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")

@@ -1,0 +1,1 @@
+"""Rewards on another machine, and rewards for other machines."""

@@ -1,0 +1,1 @@
+"""Callbacks that watch a run, and write what it leaves behind."""

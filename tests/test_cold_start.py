@@ -14,8 +14,7 @@ from flowopd.models.adapters.lora import WEIGHTS, read_adapter
 from flowopd.records import Conditioning, Prompt
 from flowopd.rollouts import RowNoise, Sampler
 from flowopd.teachers import LoRATeacher
-from flowopd.training import SFT, AdapterExport, ColdStart, OPDStudent, RewardCallback, TeacherCallback
-from flowopd.training.cold_start import MergeReport
+from flowopd.training import SFT, AdapterExport, ColdStart, MergeReport, OPDStudent, RewardCallback, TeacherCallback
 
 BEST = SFT(source="self", keep="best")
 SOFT = SFT(source="self", keep="softmax", temperature=0.5)

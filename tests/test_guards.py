@@ -13,7 +13,8 @@ from flowopd.core import Anchored, GroupAdvantage, TransitionKL
 from flowopd.evaluation import drift
 from flowopd.teachers import BaseTeacher, LoRATeacher
 from flowopd.training import AnchorCallback, GRPOTeacher, OPDStudent, RewardCallback, TeacherCallback
-from flowopd.training.callbacks.guards import Alarm, DriftMetrics, Guard
+from flowopd.training.callbacks.drift import DriftMetrics
+from flowopd.training.callbacks.guard import Alarm, Guard
 
 # ------------------------------------------------------------------------------------------------------------- figures
 

@@ -16,9 +16,10 @@ from lightning.fabric.plugins.io import torch_io
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from ranks import free_port, one_node, run_ranks, slurm_node, torchrun_node
 
-from flowopd.cli.run import Checkpoints, _meant
+from flowopd.cli.sentences import meant
 from flowopd.teachers import LoRATeacher
 from flowopd.training import EMA, ImageGrid, OPDStudent, PictureFolder, RewardCallback, TeacherCallback
+from flowopd.training.callbacks.checkpoints import Checkpoints
 from flowopd.training.ranks.lifecycle import OrderlyEnd, SharedFolder, WholeCheckpoints, check_launch, is_first, plugins
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -131,7 +132,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(opd, expert, tmp_pat
     trainer = tiny.trainer(tmp_path, [teach(expert), saving(tmp_path)], **options)
     with pytest.raises(OSError, match=r"^checkpoint .*epoch=1.ckpt could not be written .*No space left") as failed:
         trainer.fit(opd(), tiny.data())
-    assert _meant(failed.value) is failed.value  # so the command line says this sentence alone
+    assert meant(failed.value) is failed.value  # so the command line says this sentence alone
     assert sorted(path.name for path in tmp_path.glob("*.ckpt*")) == ["epoch=0.ckpt", "last.ckpt"]
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["RolloutDataModule"]["iteration"] == 1
 

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import logging
 import os
-import re
 import sys
 import traceback
 import warnings
-import zipfile
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +17,15 @@ from diffusers.utils.logging import disable_progress_bar as hide_diffusers_bars
 from jsonargparse.typing import PositiveInt
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from transformers.utils.logging import disable_progress_bar as hide_transformers_bars
 
-import flowopd
+from flowopd.cli.folders import folder_of, keep_aside, numbered
+from flowopd.cli.sentences import meant, sentence_of
 from flowopd.preflight.check import SelfCheck
 from flowopd.preflight.check import check as check_run
 from flowopd.preflight.forwards import idle_trainer
@@ -37,12 +33,12 @@ from flowopd.preflight.plan import Hardware, measured, show_plan
 from flowopd.preflight.plan import plan as make_plan
 from flowopd.tiles import asset
 from flowopd.training import AdapterExport, FlowPolicy, PictureFolder, Progress, RolloutDataModule
-from flowopd.training.callbacks.guards import Guard
+from flowopd.training.callbacks.checkpoints import Checkpoints, Farewell
+from flowopd.training.callbacks.guard import Guard
+from flowopd.training.callbacks.results import MergeReport
 from flowopd.training.ranks.lifecycle import OrderlyEnd, SharedFolder, check_launch, is_first, plugins
 from flowopd.training.ranks.strategies import check_name
 from flowopd.training.signals import signals_among
-
-PACKAGE = str(Path(flowopd.__file__).parent)
 
 
 class BadInput(Exception):
@@ -90,7 +86,7 @@ class FlowCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except (ValueError, RuntimeError, OSError, MisconfigurationException) as error:
-            raise BadInput(_sentence(_meant(error) or error)) from error
+            raise BadInput(sentence_of(meant(error) or error)) from error
 
     def _parse_ckpt_path(self) -> None:
         """Keep the command line's values: Lightning would let those in the checkpoint win, silently."""
@@ -133,7 +129,7 @@ class FlowCLI(LightningCLI):
     def _guards(self) -> list[Callback]:
         """What looks after a fit, unless the config brings its own."""
         own = _listed(self._get(self.config_init, "trainer.callbacks", default=None))
-        guards = [SelfCheck(), Guard()] if self.subcommand == "fit" else []
+        guards = [SelfCheck(), Guard(), MergeReport()] if self.subcommand == "fit" else []
         return [guard for guard in guards if not any(isinstance(callback, type(guard)) for callback in own)]
 
     def _chosen(self, key: str) -> Any:  # noqa: ANN401
@@ -147,8 +143,8 @@ class FlowCLI(LightningCLI):
         checkpoint = self._chosen("ckpt_path")
         wanted = Path(self._chosen("trainer.default_root_dir") or "runs/run")
         if checkpoint and self.subcommand == "fit":
-            return _folder_of(Path(checkpoint))
-        fresh: Path = next(path for path in _numbered(wanted) if not path.exists())
+            return folder_of(Path(checkpoint))
+        fresh: Path = next(path for path in numbered(wanted) if not path.exists())
         return fresh
 
 
@@ -192,36 +188,6 @@ def _recipe(model: LightningModule) -> FlowPolicy:
     return model
 
 
-class Checkpoints(ModelCheckpoint):
-    """Lightning's, and one at the last iteration whatever its number."""
-
-    @property
-    def state_key(self) -> str:
-        """The same whatever the rhythm, which may change between two halves of a run."""
-        return "Checkpoints"
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save when it is time, or never again."""
-        if trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs:
-            self._every_n_epochs = 1
-        super().on_train_epoch_end(trainer, pl_module)
-
-
-class Farewell(Callback):
-    """Says how to go on with a run that was interrupted."""
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Name the last checkpoint."""
-        folder = Path(trainer.default_root_dir)
-        last = folder / "checkpoints" / "last.ckpt"
-        if not trainer.is_global_zero or not isinstance(exception, KeyboardInterrupt):
-            return
-        if last.exists():
-            print(f"interrupted; go on with: flowopd fit --config {folder / 'config.yaml'} --ckpt_path {last}")
-        else:
-            print("interrupted before the first checkpoint; start again with the same command")
-
-
 def plan() -> None:
     """Say what a fit with the same words would take."""
     sys.argv[1] = "fit"
@@ -244,9 +210,9 @@ def run(cli: type[FlowCLI] = FlowCLI) -> None:
     except (jsonargparse.ArgumentError, OmegaConfBaseException, BadInput) as error:
         _refuse(error, cli.refusal)
     except (ValueError, OSError, KeyError) as error:
-        if (meant := _meant(error)) is None:
+        if (cause := meant(error)) is None:
             raise
-        _refuse(meant, cli.refusal)
+        _refuse(cause, cli.refusal)
     except KeyboardInterrupt:
         raise SystemExit("interrupted") from None
 
@@ -254,59 +220,8 @@ def run(cli: type[FlowCLI] = FlowCLI) -> None:
 def _refuse(error: BaseException, prefix: str) -> None:
     if os.environ.get("FLOWOPD_DEBUG"):
         traceback.print_exc()
-    print(f"{prefix}: {_sentence(error)}", file=sys.stderr)
+    print(f"{prefix}: {sentence_of(error)}", file=sys.stderr)
     raise SystemExit(2)
-
-
-def _meant(error: BaseException | None) -> BaseException | None:
-    """The error, or one that caused it, that our own code or the constructor of an argument raised on purpose."""
-    while error is not None:
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        if last.filename.startswith(PACKAGE) or last.name == "__init__":
-            return error
-        error = error.__cause__
-    return None
-
-
-def _sentence(error: BaseException) -> str:
-    """The parser's many lines without the alternatives that nobody meant: where, what, and what was perhaps meant."""
-    noise = ("Does not validate", "Subtypes:", "Errors:", "Given value", "full_key:", "object_type=")
-    text = str(error.args[0]) if isinstance(error, KeyError) else str(error)
-    text = re.sub(r"^\w+ raised while resolving interpolation: ", "", text)
-    text = re.split(r"\n[\s-]*(?:Expected a <class 'NoneType'>|Not a valid subclass of)", text)[0]
-    lines = [line.strip().removeprefix("- ") for line in text.splitlines()]
-    text = " ".join(line for line in lines if line and not line.startswith(noise))
-    keys, classes = r'Parser key "([^"]+)": ', r"Problem with given class_path '([^']+)': "
-    place, owners = ".".join(re.findall(keys, text)), re.findall(classes, text)
-    fault = re.sub(classes, "", re.sub(keys, "", text)).removeprefix("- ")
-    return (f"{place}: " if place else "") + _explained(fault, owners[-1] if owners else "")
-
-
-def _explained(fault: str, owner: str) -> str:
-    """A fault of the parser, with the names that would have been right."""
-    if fault == "No supported gpu backend found!":
-        return "trainer.accelerator is gpu, but no GPU is found here; run where there is one, or give cpu"
-    if found := re.fullmatch(r"Option '(\w+)' is not accepted", fault):
-        options = list(inspect.signature(_import(owner)).parameters)
-        return f"{owner} has no option {found[1]!r}{_perhaps(found[1], options)}; it takes: {', '.join(options)}"
-    if found := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", fault):
-        module = import_module(found[1])
-        return f"{found[1]} has no {found[2]!r}{_perhaps(found[2], getattr(module, '__all__', dir(module)))}"
-    if found := re.search(r"(?:unrecognized arguments:|does not accept option) '?(?:--)?([\w.]+).*", fault):
-        options = [f"trainer.{name}" for name in inspect.signature(Trainer).parameters]
-        options += ["model", "data", "ckpt_path", "checkpoint_every", "updates_per_iteration", "seed_everything"]
-        return f"there is no option {found[1]!r}{_perhaps(found[1], options)}; see flowopd {sys.argv[1]} --help"
-    return fault
-
-
-def _perhaps(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, 1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
-
-
-def _import(path: str) -> Any:  # noqa: ANN401
-    module, _, name = path.rpartition(".")
-    return getattr(import_module(module), name)
 
 
 def _quieten() -> None:
@@ -341,31 +256,9 @@ def _standard_callbacks(folder: Path, subcommand: str, checkpoint_every: int) ->
 
 def _loggers(folder: Path) -> list[Any]:
     if is_first():
-        _keep(folder / "metrics.csv")
+        keep_aside(folder / "metrics.csv")
     return [CSVLogger(folder, name="", version=""), TensorBoardLogger(folder, name="", version="tensorboard")]
 
 
 def _listed(value: Any) -> list[Any]:  # noqa: ANN401
     return value if isinstance(value, list) else [] if value is None else [value]
-
-
-def _keep(file: Path) -> None:
-    """Move an earlier file of a run that goes on out of the way."""
-    if file.exists():
-        file.rename(next(path for path in _numbered(file) if not path.exists()))
-
-
-def _numbered(path: Path) -> Any:  # noqa: ANN401
-    yield path
-    for number in range(2, 10_000):
-        yield path.with_name(f"{path.stem}-{number}{path.suffix}")
-
-
-def _folder_of(checkpoint: Path) -> Path:
-    if not checkpoint.exists():
-        raise FileNotFoundError(f"checkpoint {str(checkpoint)!r} does not exist")
-    if checkpoint.is_file() and not zipfile.is_zipfile(checkpoint):
-        raise ValueError(
-            f"checkpoint {str(checkpoint)!r} is not one of lightning; expected <run>/checkpoints/last.ckpt"
-        )
-    return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent

@@ -1,15 +1,12 @@
 """Lightning modules, the rollout data module and their callbacks."""
 
+from flowopd.training.callbacks.drift import DriftMetrics
 from flowopd.training.callbacks.ema import EMA
-from flowopd.training.callbacks.guards import DriftMetrics, Guard
-from flowopd.training.callbacks.reports import (
-    AdapterExport,
-    ImageGrid,
-    MergeReport,
-    PictureFolder,
-    Progress,
-    ResultsTable,
-)
+from flowopd.training.callbacks.export import AdapterExport
+from flowopd.training.callbacks.guard import Guard
+from flowopd.training.callbacks.pictures import ImageGrid, PictureFolder
+from flowopd.training.callbacks.progress import Progress
+from flowopd.training.callbacks.results import MergeReport, ResultsTable
 from flowopd.training.cold_start import SFT, ColdStart
 from flowopd.training.grpo_teacher import GRPOTeacher
 from flowopd.training.opd_student import OPDStudent

@@ -15,7 +15,6 @@ from flowopd.core.paths import interpolate, velocity_from
 from flowopd.models import Backbone, LoRASpec, Merge
 from flowopd.records import Conditioning, Rollout, StepBatch
 from flowopd.rollouts import RowNoise, Sampler, VelocityField
-from flowopd.training.callbacks.reports import MergeReport
 from flowopd.training.policy import FlowPolicy
 
 
@@ -145,11 +144,6 @@ class ColdStart(FlowPolicy):
         super().__init__(backbone, FlowMatching(), sampler, lora, start, optimizer, scheduler)
         self.strategy = strategy
         self.routed = not (isinstance(strategy, SFT) and strategy.source == "self")
-
-    def on_fit_start(self) -> None:
-        """Report a merge, if no callback does."""
-        if not any(isinstance(callback, MergeReport) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
-            MergeReport().on_fit_start(self.trainer, self)
 
     def check(self, tasks: Sequence[str]) -> None:
         """Raise unless there is somebody to sample from, and a reward where one chooses."""

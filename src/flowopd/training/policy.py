@@ -19,8 +19,8 @@ from flowopd.models import Backbone, LoRASpec, Merge
 from flowopd.models.adapters.lora import Adapter, adapter_parameters, add_adapter, attach, read_adapter, take_adapter
 from flowopd.records import Conditioning, EvaluationBatch, Prompt, Rollout, StepBatch
 from flowopd.rollouts import RowNoise, Sampler, VelocityField
-from flowopd.training.callbacks.ema import average_in
-from flowopd.training.ranks.strategies import FSDP2, MADE_BY, check_resumable, check_trainer, made_by
+from flowopd.training.checkpoints import MADE_BY, average_in, check_resumable, made_by
+from flowopd.training.ranks.strategies import FSDP2, check_trainer
 from flowopd.training.signals import Signals, signals_of
 
 STUDENT = "student"

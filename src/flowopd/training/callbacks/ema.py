@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from diffusers.training_utils import EMAModel
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor, nn
+from torch import nn
 
 from flowopd.models.shards import spread, whole
+from flowopd.training.checkpoints import AVERAGE
 
 
 class EMA(Callback):
@@ -30,6 +31,11 @@ class EMA(Callback):
         self._model: EMAModel | None = None
         self._restored: dict[str, Any] | None = None
         self._step = 0
+
+    @property
+    def state_key(self) -> str:
+        """Where ``average_in`` finds the average."""
+        return AVERAGE
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the average at the current parameters, or where the checkpoint left it."""
@@ -104,12 +110,6 @@ def averaged(trainer: Trainer) -> Iterator[None]:
     finally:
         for ema in averages:
             ema.swap_out(trainer.lightning_module)
-
-
-def average_in(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The average that a checkpoint holds, by the names of its trained parameters; empty if it holds none."""
-    state = checkpoint.get("callbacks", {}).get(EMA.__qualname__) or {}
-    return dict(zip(checkpoint["state_dict"], state["shadow_params"], strict=True)) if state else {}
 
 
 def _trained(module: LightningModule) -> dict[str, nn.Parameter]:

@@ -27,7 +27,6 @@ from torch.optim import Optimizer
 from flowopd.models.shards import shard
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
-MADE_BY = "made_by"
 
 
 class FSDP2(ModelParallelStrategy):
@@ -147,28 +146,4 @@ def check_trainer(trainer: Trainer) -> None:
         raise ValueError(
             f"precision {trainer.precision!r} would round the adapter after every update; use bf16-mixed, and the "
             f"backbone's own dtype for the frozen weights"
-        )
-
-
-def made_by(trainer: Trainer) -> dict[str, Any]:
-    """What a checkpoint tells of the ranks that made it."""
-    strategy = trainer.strategy
-    name = "ddp" if isinstance(strategy, DDPStrategy) else getattr(strategy, "strategy_name", type(strategy).__name__)
-    return {"strategy": name, "world_size": trainer.world_size}
-
-
-def check_resumable(trainer: Trainer, checkpoint: Mapping[str, Any]) -> None:
-    """Raise unless the optimiser's state in a checkpoint finds its parameters again.
-
-    ``fsdp2`` saves it by name and in whole tensors, which every strategy reads; the others by number, which shards
-    would mix up.
-
-    Raises:
-        ValueError: saying who made the checkpoint.
-    """
-    maker = checkpoint.get(MADE_BY, {"strategy": "unknown", "world_size": "unknown"})
-    if is_sharded(trainer) and maker["strategy"] != FSDP2.strategy_name:
-        raise ValueError(
-            f"the checkpoint was made by strategy {maker['strategy']!r} (ranks: {maker['world_size']}); fsdp2 would "
-            f"give its optimiser state to the wrong parameters; go on without fsdp2, or start anew from its adapter"
         )

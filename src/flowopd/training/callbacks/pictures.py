@@ -1,0 +1,107 @@
+"""Pictures of held-out prompts: grids along a run, a folder of predictions."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+
+from flowopd.evaluation import contact_sheet, save_png
+from flowopd.records import EvaluationBatch
+from flowopd.rollouts import VelocityField
+from flowopd.training.callbacks.around import data_of, on_device, policy_of, run_folder
+from flowopd.training.callbacks.ema import averaged
+from flowopd.training.callbacks.results import fields
+
+
+class ImageGrid(Callback):
+    """Draws a few held-out prompts from fixed noise: at the start, along the way, and at the end with all teachers.
+
+    Args:
+        prompts_per_task: images of each task.
+        every: iterations between two grids; 0 draws the first and the last alone.
+    """
+
+    def __init__(self, prompts_per_task: int = 4, every: int = 0) -> None:
+        self.prompts_per_task = prompts_per_task
+        self.every = every
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The policy before training."""
+        self._save(trainer, {"student": policy_of(pl_module).velocity}, trainer.current_epoch)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The policy along the way, its average if the run keeps one."""
+        if self.every and (trainer.current_epoch + 1) % self.every == 0:
+            with averaged(trainer):
+                self._save(trainer, {"student": policy_of(pl_module).velocity}, trainer.current_epoch + 1)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Every model beside every other."""
+        self._save(trainer, fields(on_device(trainer, pl_module)), name="models")
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Every model beside every other."""
+        self.on_fit_end(trainer, pl_module)
+
+    def _save(self, trainer: Trainer, models: dict[str, VelocityField], step: int = 0, name: str = "") -> None:
+        policy, batch = policy_of(trainer.lightning_module), self._batch(trainer)
+        images = {model: policy.draw(batch.prompts, batch.noise, field) for model, field in models.items()}
+        if trainer.is_global_zero:
+            path = run_folder(trainer) / "images" / f"{name or f'iteration_{step:05d}'}.png"
+            contact_sheet(images, [prompt.text for prompt in batch.prompts], path)
+            _to_tensorboard(trainer, images, step)
+
+    def _batch(self, trainer: Trainer) -> EvaluationBatch:
+        data = data_of(trainer)
+        return data.few_held_out(self.prompts_per_task)
+
+
+class PictureFolder(Callback):
+    """Writes predicted images to ``<run>/images/<row>.png``, and their prompts to ``<run>/images/prompts.jsonl``."""
+
+    def __init__(self) -> None:
+        self._drawn = 0
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say what every picture will show."""
+        folder, self._drawn = _pictures(trainer), 0
+        if trainer.is_global_zero:
+            folder.mkdir(parents=True, exist_ok=True)
+            prompts = enumerate(data_of(trainer).held_out())
+            lines = [{"file": _png(row), "task": prompt.task, "text": prompt.text} for row, prompt in prompts]
+            (folder / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Tensor,
+        batch: EvaluationBatch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Save the images of a batch; ranks take turns over the rows."""
+        for image, counted in zip(outputs, batch.counted, strict=True):
+            if counted:
+                row = trainer.global_rank + trainer.world_size * self._drawn
+                save_png(image, _pictures(trainer) / _png(row))
+            self._drawn += 1
+
+
+def _pictures(trainer: Trainer) -> Path:
+    return run_folder(trainer) / "images"
+
+
+def _png(row: int) -> str:
+    return f"{row:05d}.png"
+
+
+def _to_tensorboard(trainer: Trainer, images: dict[str, Tensor], step: int) -> None:
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            for name, batch in images.items():
+                logger.experiment.add_images(f"images/{name}", batch.cpu(), step)

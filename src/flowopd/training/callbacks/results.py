@@ -1,0 +1,107 @@
+"""Tables: every model on all held-out prompts, and what a merge keeps of its parts."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from rich.console import Console
+from rich.table import Table as RichTable
+from tqdm.auto import tqdm
+
+from flowopd.evaluation import write_results
+from flowopd.evaluation.tables import cells, columns
+from flowopd.models import Merge
+from flowopd.records import EvaluationBatch
+from flowopd.rollouts import VelocityField
+from flowopd.teachers import BaseTeacher
+from flowopd.training.callbacks.around import data_of, on_device, policy_of, run_folder
+from flowopd.training.policy import FlowPolicy
+
+
+class ResultsTable(Callback):
+    """Scores the base, every teacher, the cold start and the student on all held-out prompts.
+
+    Prints the table, and writes ``results.md`` and ``results.csv`` to the run folder, when a fit or a test ends.
+    """
+
+    def __init__(self) -> None:
+        self.rows: dict[str, dict[str, float]] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Score the student before its first update: the cold start."""
+        policy = policy_of(pl_module)
+        if policy.start is not None and "cold-start" not in self.rows:
+            self.rows["cold-start"] = evaluate(policy, policy.velocity, "cold-start")
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Score everything else, and show the table."""
+        policy = on_device(trainer, pl_module)
+        scored = {name: evaluate(policy, field, name) for name, field in fields(policy).items()}
+        student = scored.pop("student")
+        table = {**scored, **self.rows, "student": student}
+        if trainer.is_global_zero:
+            write_results(table, run_folder(trainer))
+            show(table)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The same table, for a model that was trained before."""
+        self.on_fit_end(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The cold start's scores: a resumed run cannot measure them again."""
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Remember the cold start's scores."""
+        self.rows = state_dict["rows"]
+
+
+class MergeReport(Callback):
+    """Prints what a merge keeps of every adapter, and writes ``merge_report.md`` and ``merge_report.csv``."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Before the first update; a run that goes on has its report."""
+        policy = policy_of(pl_module)
+        if not isinstance(policy.start, Merge) or trainer.ckpt_path is not None:
+            return
+        merged = policy.student()
+        if trainer.is_global_zero:
+            table = policy.start.report(merged)
+            write_results(table, run_folder(trainer), "merge_report")
+            show(table)
+
+
+def fields(policy: FlowPolicy) -> dict[str, VelocityField]:
+    """The base, every teacher, the anchor and the student, by name."""
+    base = BaseTeacher(policy.sampler.guidance_scale)
+    base.attach(policy.backbone)
+    teachers = {name: teacher.velocity for name, teacher in policy.signals.fields().items()}
+    return {"base": base.velocity, **teachers, "student": policy.velocity}
+
+
+@torch.no_grad()
+def evaluate(policy: FlowPolicy, field: VelocityField, name: str) -> dict[str, float]:
+    """Mean scores of a velocity field on all held-out prompts, by reward."""
+    signals = policy.signals
+    board = signals.scoreboard().to(policy.device)
+    for batch in _watched(
+        data_of(policy.trainer).evaluation_loader(), f"scoring {name}", policy.trainer.is_global_zero
+    ):
+        board.update(signals.score(policy.draw(batch.prompts, batch.noise, field), batch.prompts), batch.counted)
+    return board.compute()
+
+
+def show(table: dict[str, dict[str, float]]) -> None:
+    """Print a table."""
+    rich = RichTable("model", *columns(table))
+    for row in cells(table):
+        rich.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else 120).print(rich)
+
+
+def _watched(loader: Any, what: str, shown: bool) -> Iterator[EvaluationBatch]:  # noqa: ANN401
+    yield from tqdm(loader, desc=what, unit="batch", leave=False, disable=not shown, dynamic_ncols=True)

@@ -165,7 +165,7 @@ def test_siblings_may_be_spread_over_batches(cold_start, tmp_path):
 def test_a_merge_writes_its_report(cold_start, tiny_pipeline, tmp_path, capsys):
     experts = [tiny.expert(tmp_path / name, tiny_pipeline, seed=seed) for seed, name in enumerate(("text", "count"))]
     merge = Merge(experts, "factors")
-    tiny.trainer(tmp_path / "run", [AdapterExport()], max_epochs=0).fit(cold_start(merge), tiny.data())
+    tiny.trainer(tmp_path / "run", [AdapterExport(), MergeReport()], max_epochs=0).fit(cold_start(merge), tiny.data())
     lines = (tmp_path / "run" / "merge_report.md").read_text().splitlines()
     assert lines[0] == "| model | weight | norm | cosine to text | cosine to count | kept |"
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| text", "| count", "| merge"]

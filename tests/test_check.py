@@ -10,6 +10,7 @@ import yaml
 
 from flowopd.cli.main import main
 from flowopd.core import ClippedSurrogate, LinearSchedule, ShiftedSchedule, TransitionKL
+from flowopd.models import SD3Backbone
 from flowopd.preflight import SelfCheck
 from flowopd.preflight import check as checks
 from flowopd.rollouts import Sampler
@@ -70,6 +71,14 @@ def test_a_sound_recipe_is_ok_in_every_line(found):
     assert "off by 0" in verdicts["ratio is 1 at the first update"].saw
     assert "K is 0 nats" in verdicts["K = 0 for a teacher equal to the student"].saw
     assert str(verdicts["run folder"]).startswith("ok      run folder: ")
+
+
+def test_a_check_encodes_two_prompts_and_not_an_iteration(found, monkeypatch):
+    encoded, own = set(), SD3Backbone.encode
+    monkeypatch.setattr(SD3Backbone, "encode", lambda self, texts: encoded.update(texts) or own(self, texts))
+    monkeypatch.setattr(SD3Backbone, "prepare", lambda self, texts: encoded.update(texts))
+    assert states(found(data=tiny.data(group_size=1, prompts_per_iteration=8, batch_size=8))) == {"ok"}
+    assert encoded <= {"red 0", "red 1", ""}
 
 
 def test_a_grpo_recipe_is_ok_with_its_base_as_reference(found):

@@ -213,5 +213,7 @@ def test_choosing_without_siblings_is_refused(cold_start, tmp_path):
 
 
 def test_a_fused_cold_start_is_refused(cold_start, tmp_path):
-    with pytest.raises(ValueError, match=r"SFT learns from finished pictures, .* set fused: false"):
+    with pytest.raises(
+        ValueError, match=r"cannot provide \['weight'\], which only finished ones have .*; set fused: false"
+    ):
         tiny.trainer(tmp_path, [RED()]).fit(cold_start(BEST), tiny.data(fused=True))

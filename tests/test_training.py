@@ -79,6 +79,10 @@ def run(tmp_path):
     return fit
 
 
+KEYS = [f"0 0 {group} {sibling}" for group in range(4) for sibling in range(2)]
+"""Keys of the noise of the first iteration's rows."""
+
+
 def teach(folder: str, *tasks: str, **options) -> TeacherCallback:
     return TeacherCallback(list(tasks) or ["red"], LoRATeacher(folder, **options))
 
@@ -209,6 +213,17 @@ def test_the_fused_road_needs_one_student_forward_per_step(opd, run, expert, mon
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["whole", "fused"])
+def test_whoever_behaves_leads_to_the_trained_states(opd, run, expert, other_expert, fused, monkeypatch):
+    """Steps before the first trained one follow ``policy.behaviour``, on every road."""
+    policy, guide, batches = opd(sampler=Sampler(4, window=(0, 3), trained=(2, 3))), teach(other_expert), Batches()
+    monkeypatch.setattr(policy, "behaviour", lambda tasks: guide.teacher.velocity)
+    run(policy, tiny.data(batch_size=8, fused=fused), [teach(expert), TeacherCallback(["x"], guide.teacher), batches])
+    noise, sampler, cond = RowNoise((4, 8, 8), *[KEYS] * 2), policy.sampler, batches.seen[0].cond
+    led = sampler.rollout(guide.teacher.velocity, [Prompt("", "red")] * 8, cond, noise)
+    torch.testing.assert_close(batches.seen[0].x, led.latents[:, 2], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["whole", "fused"])
 def test_the_student_approaches_its_teacher(opd, run, expert, fused):
     policy = opd(TransitionKL(Uniform()), optimizer=ADAM)
     distances = Distances()
@@ -280,7 +295,7 @@ def test_sft_learns_the_straight_path_to_what_the_teachers_drew(tiny_pipeline, r
     policy, batches = cold_start(tiny_pipeline, SFT(draws=2)), Batches()
     teachers = {"red": teach(expert, "red", guidance_scale=3.0), "green": teach(other_expert, "green")}
     cut, rollouts = policy.cut, []
-    monkeypatch.setattr(policy, "cut", lambda rollout, noise: rollouts.append(rollout) or cut(rollout, noise))
+    monkeypatch.setattr(policy, "cut", lambda rollout, draw: rollouts.append(rollout) or cut(rollout, draw))
     run(policy, tiny.data("red", "green"), [*teachers.values(), batches])
     assert [len(batches.seen), len(rollouts)] == [4, 2]
     for number, batch in enumerate(batches.seen):

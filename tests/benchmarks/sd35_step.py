@@ -121,9 +121,9 @@ class TimedStudent(OPDStudent):
 
     clock: Clock
 
-    def rollout(self, prompts, noise):
+    def rollout(self, draw):
         with self.clock.part("rollout forward"):
-            return super().rollout(prompts, noise)
+            return super().rollout(draw)
 
     def training_step(self, batch, batch_idx: int) -> Tensor:
         with self.clock.part("student forward"):

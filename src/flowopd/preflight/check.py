@@ -20,10 +20,11 @@ from flowopd.core.schedules import ShiftedSchedule
 from flowopd.core.tensors import row_mean
 from flowopd.core.weights import ExactKL, Uniform
 from flowopd.models import SD3Backbone
-from flowopd.records import Conditioning, Prompt, StepBatch
-from flowopd.rollouts import RowNoise
+from flowopd.records import Conditioning, StepBatch
+from flowopd.rollouts import Draw
 from flowopd.teachers import BaseTeacher, FullTeacher, Teacher
 from flowopd.training.policy import FlowPolicy
+from flowopd.training.roads import sampling
 from flowopd.training.rollout_data import RolloutDataModule
 
 ROWS = 2
@@ -69,24 +70,21 @@ class Subject:
     ranks: int = 1
 
     @cached_property
-    def first(self) -> tuple[list[Prompt], RowNoise]:
-        """Prompts and noise of the first rows of the next iteration."""
-        prompts, noise = next(self.data._draws())
-        rows = slice(0, ROWS)
-        return prompts[rows], RowNoise(noise.shape, noise.starts[rows], noise.rows[rows], noise.device)
+    def first(self) -> Draw:
+        """The first rows of the next iteration."""
+        return self.data.draws()[0][:ROWS]
 
     @cached_property
     def batch(self) -> StepBatch:
         """Their first states at the first trained step."""
-        prompts, noise = self.first
-        cond = self.policy.backbone.encode([prompt.text for prompt in prompts])
-        sampler = self.policy.sampler
-        return sampler.at(noise.start(), sampler.trained_steps()[0], cond, [prompt.task for prompt in prompts])
+        draw = self.first
+        cond = self.policy.backbone.encode(draw.texts)
+        return self.policy.sampler.at(draw.noise.start(), draw.trained[0], cond, draw.tasks)
 
     @cached_property
     def sampled(self) -> Transition:
         """The step that a rollout takes there."""
-        with self.data._sampling():
+        with sampling(self.policy):
             return self._transition()
 
     @cached_property
@@ -97,7 +95,7 @@ class Subject:
 
     def field(self, velocity: Callable[[Tensor, Tensor, Conditioning], Tensor]) -> Tensor:
         """What a velocity field answers there."""
-        with self.data._sampling():
+        with sampling(self.policy):
             return velocity(self.batch.x, self.batch.sigma, self.batch.cond)
 
     def _transition(self) -> Transition:
@@ -153,7 +151,7 @@ def _verdict(name: str, check: Callable[[Subject], str], subject: Subject) -> Ve
 
 def recipe_fits(subject: Subject) -> str:
     """Sizes divide, the objective finds its labels, the road can provide them."""
-    subject.data._check_sizes(subject.ranks)
+    subject.data.check_sizes(subject.ranks)
     subject.data.setup("fit")
     rows = subject.data.prompts_per_iteration * subject.data.group_size
     return f"{rows} trajectories per iteration, in batches of {subject.data.batch_size}; ranks: {subject.ranks}"
@@ -232,8 +230,8 @@ def _difference(subject: Subject, name: str, teacher: Teacher) -> str:
 
 def ratio_is_one(subject: Subject) -> str:
     """ρ = p_θ(x'|x) / p_old(x'|x) at the first update, when θ is what sampled."""
-    old, new, (_, noise) = subject.sampled, subject.trained, subject.first
-    x_next = old.sample(noise.step(subject.policy.sampler.trained_steps()[0]))
+    old, new, draw = subject.sampled, subject.trained, subject.first
+    x_next = old.sample(draw.noise.step(draw.trained[0]))
     off = float((torch.exp(new.log_prob(x_next) - old.log_prob(x_next)) - 1).abs().max())
     apart = float((new.velocity - old.velocity).abs().max())
     if not off <= 1e-6:

@@ -1,5 +1,7 @@
 """Noise that belongs to its row: the same for every batch size, order and number of ranks."""
 
+from __future__ import annotations
+
 import hashlib
 from collections.abc import Sequence
 
@@ -31,6 +33,10 @@ class RowNoise:
         self.starts = starts
         self.rows = rows
         self.device = device
+
+    def __getitem__(self, rows: slice) -> RowNoise:
+        """The noise of some of the rows."""
+        return RowNoise(self.shape, self.starts[rows], self.rows[rows], self.device)
 
     def start(self) -> Tensor:
         """Starting noise (B, C, H, W)."""

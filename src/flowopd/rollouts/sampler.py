@@ -74,6 +74,10 @@ class Sampler:
         """The step that a velocity (B, C, H, W) proposes at the states of a batch."""
         return self.dynamics.step(batch.x, velocity, batch.sigma, batch.sigma_next, batch.noisy)
 
+    def follow(self, transition: Transition, step: int, noise: RowNoise) -> Tensor:
+        """The states (B, C, H, W) after step ``step``: sampled where it injects noise, else the mean."""
+        return transition.sample(noise.step(step)) if bool(self.noisy()[step]) else transition.mean
+
     def at(self, x: Tensor, step: int, cond: Conditioning, tasks: Sequence[str]) -> StepBatch:
         """States x (B, C, H, W) before step ``step``."""
         sigmas, noisy, rows = self.sigmas().to(x.device), self.noisy().to(x.device), (len(x),)
@@ -113,7 +117,7 @@ class Sampler:
             batch = self.at(x, j, cond, tasks)
             velocity = (trunk if j < self.window[0] else field)(x, batch.sigma, cond)
             step = self.transition(batch, velocity)
-            x = step.sample(noise.step(j)) if bool(batch.noisy[0]) else step.mean
+            x = self.follow(step, j, noise)
             latents.append(x)
             velocities.append(step.velocity)
             log_probs.append(step.log_prob(x))

@@ -14,7 +14,7 @@ from flowopd.core.objectives import FlowMatching
 from flowopd.core.paths import interpolate, velocity_from
 from flowopd.models import Backbone, LoRASpec, Merge
 from flowopd.records import Conditioning, Rollout, StepBatch
-from flowopd.rollouts import RowNoise, Sampler, VelocityField
+from flowopd.rollouts import Draw, RowNoise, Sampler, VelocityField
 from flowopd.training.policy import FlowPolicy
 
 
@@ -153,12 +153,14 @@ class ColdStart(FlowPolicy):
                     f"a merge is not trained, but trainer.max_epochs is {self.trainer.max_epochs}; set it to 0"
                 )
             return
-        if getattr(self.trainer.datamodule, "fused", False):  # type: ignore[attr-defined]
-            raise ValueError("SFT learns from finished pictures, but data.fused is true; set fused: false")
         if self.strategy.source == "teachers":
             self.signals.router.check(tasks)
         if self.strategy.keep != "all":
             self.signals.check(frozenset({"advantage"}), tasks)
+
+    def needs(self) -> frozenset[str]:
+        """What flow matching reads, and weights, which finished trajectories alone have."""
+        return super().needs() | {"weight"}
 
     def behaviour(self, tasks: Sequence[str]) -> VelocityField:
         """The routed teachers sample, or the student itself."""
@@ -196,10 +198,10 @@ class ColdStart(FlowPolicy):
         """Draws of noise per final latent."""
         return self.strategy.draws if isinstance(self.strategy, SFT) else 1
 
-    def cut(self, rollout: Rollout, noise: RowNoise) -> Iterator[StepBatch]:
+    def cut(self, rollout: Rollout, draw: Draw) -> Iterator[StepBatch]:
         """Noised final latents instead of visited states."""
         assert isinstance(self.strategy, SFT)
-        return self.strategy.batches(rollout, noise)
+        return self.strategy.batches(rollout, draw.noise)
 
 
 def _weighted(rollout: Rollout, weight: Tensor) -> Rollout:

@@ -17,7 +17,7 @@ from flowopd.core.objectives import ClippedSurrogate, Objective
 from flowopd.models import Backbone, LoRASpec, Merge
 from flowopd.records import Prompt, Rollout
 from flowopd.rewards import Scores
-from flowopd.rollouts import RowNoise, Sampler
+from flowopd.rollouts import Draw, Sampler
 from flowopd.training.policy import FlowPolicy
 from flowopd.training.signals import added_over_ranks
 
@@ -68,14 +68,14 @@ class GRPOTeacher(FlowPolicy):
         super().__init__(backbone, objective or ClippedSurrogate(), sampler, lora, start, optimizer, scheduler)
         self.advantage = advantage or GroupAdvantage()
 
-    def rollout(self, prompts: Sequence[Prompt], noise: RowNoise) -> Rollout:
+    def rollout(self, draw: Draw) -> Rollout:
         """Draw one trajectory per prompt, and begin to score the pictures if a reward does so in the background."""
-        rollout = super().rollout(prompts, noise)
+        rollout = super().rollout(draw)
         if not any(reward.background for reward in self.signals.training()):
             return rollout
         known = {part.name: getattr(rollout, part.name) for part in fields(Rollout)}
         images = self.backbone.decode(rollout.latents[:, -1])
-        return Drawn(**known, images=images, scores=self.signals.begin(images, prompts))
+        return Drawn(**known, images=images, scores=self.signals.begin(images, draw.prompts))
 
     def label(self, rollouts: list[Rollout], group_size: int) -> list[Rollout]:
         """Score the finished images, and give every trajectory its advantage over its siblings.

@@ -18,7 +18,7 @@ from flowopd.evaluation import Scoreboard
 from flowopd.models import Backbone, LoRASpec, Merge
 from flowopd.models.adapters.lora import Adapter, adapter_parameters, add_adapter, attach, read_adapter, take_adapter
 from flowopd.records import Conditioning, EvaluationBatch, Prompt, Rollout, StepBatch
-from flowopd.rollouts import RowNoise, Sampler, VelocityField
+from flowopd.rollouts import Draw, Sampler, VelocityField
 from flowopd.training.checkpoints import MADE_BY, average_in, check_resumable, made_by
 from flowopd.training.ranks.strategies import FSDP2, check_trainer
 from flowopd.training.signals import Signals, signals_of
@@ -103,11 +103,10 @@ class FlowPolicy(LightningModule):
         """The velocity field that samples rollouts of these tasks: the student's own."""
         return self.velocity
 
-    def rollout(self, prompts: Sequence[Prompt], noise: RowNoise) -> Rollout:
+    def rollout(self, draw: Draw) -> Rollout:
         """Draw one trajectory per prompt with the behaviour policy."""
-        cond = self.backbone.encode([prompt.text for prompt in prompts])
-        field = self.behaviour([prompt.task for prompt in prompts])
-        return self.sampler.rollout(field, prompts, cond, noise, branching=not self.routed)
+        cond, field = self.backbone.encode(draw.texts), self.behaviour(draw.tasks)
+        return self.sampler.rollout(field, draw.prompts, cond, draw.noise, branching=not self.routed)
 
     def check(self, tasks: Sequence[str]) -> None:
         """Raise unless the callbacks provide what training on these tasks needs.
@@ -127,11 +126,10 @@ class FlowPolicy(LightningModule):
         """How many step batches ``cut`` makes of a rollout."""
         return len(self.sampler.trained_steps())
 
-    def cut(self, rollout: Rollout, noise: RowNoise) -> Iterator[StepBatch]:
-        """Cut a rollout into one batch per trained step; its rows stay together, as they were sampled."""
-        tasks = [prompt.task for prompt in rollout.prompts]
-        for j in self.sampler.trained_steps():
-            batch = self.sampler.at(rollout.latents[:, j], j, rollout.cond, tasks)
+    def cut(self, rollout: Rollout, draw: Draw) -> Iterator[StepBatch]:
+        """Cut the rollout of a draw into one batch per trained step; its rows stay together, as they were sampled."""
+        for j in draw.trained:
+            batch = self.sampler.at(rollout.latents[:, j], j, rollout.cond, draw.tasks)
             yield replace(batch, metrics=rollout.metrics).label(
                 x_next=rollout.latents[:, j + 1],
                 log_prob_old=rollout.log_probs[:, j],

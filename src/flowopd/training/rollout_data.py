@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, cast
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from lightning import LightningDataModule
-from torch import Tensor
 
-from flowopd.core.dynamics import Transition
 from flowopd.prompts import Mixture, PromptSource
-from flowopd.records import EvaluationBatch, Prompt, Rollout, StepBatch
-from flowopd.rollouts import RowNoise
-
-if TYPE_CHECKING:
-    from flowopd.training.policy import FlowPolicy
+from flowopd.records import EvaluationBatch, Prompt, StepBatch
+from flowopd.rollouts import Draw, RowNoise
+from flowopd.training.policy import FlowPolicy
+from flowopd.training.roads import Fused, Road, Whole
 
 
 class RolloutDataModule(LightningDataModule):
@@ -73,13 +69,18 @@ class RolloutDataModule(LightningDataModule):
         self.evaluation_batch_size = evaluation_batch_size
         self.seed = seed
         self.iteration = 0
-        self._check_sizes(world_size=1)
+        self.check_sizes(ranks=1)
 
     @property
     def policy(self) -> FlowPolicy:
         """The module that is trained."""
         assert self.trainer is not None
-        return cast("FlowPolicy", self.trainer.lightning_module)
+        return cast(FlowPolicy, self.trainer.lightning_module)
+
+    @property
+    def road(self) -> Road:
+        """How draws become batches."""
+        return Fused(self.policy) if self.fused else Whole(self.policy, self.group_size)
 
     def setup(self, stage: str) -> None:
         """Check sizes, signals and the road before any long work.
@@ -88,110 +89,70 @@ class RolloutDataModule(LightningDataModule):
             ValueError: if something does not divide, or the objective needs what nothing provides.
         """
         assert self.trainer is not None
-        self._check_sizes(self.trainer.world_size)
+        self.check_sizes(self.trainer.world_size)
         if stage == "fit":
             self.policy.check(list(self.mixture.sources))
             self._check_road()
 
-    def _check_sizes(self, world_size: int) -> None:
-        if self.prompts_per_iteration % world_size:
+    def check_sizes(self, ranks: int) -> None:
+        """Refuse sizes that do not divide over this many ranks.
+
+        Raises:
+            ValueError: saying what would.
+        """
+        if self.prompts_per_iteration % ranks:
             raise ValueError(
-                f"{self.prompts_per_iteration} prompts per iteration do not divide over {world_size} ranks; choose a "
-                f"multiple of {world_size}, as the {self.group_size} siblings of a prompt stay on one rank"
+                f"{self.prompts_per_iteration} prompts per iteration do not divide over {ranks} ranks; choose a "
+                f"multiple of {ranks}, as the {self.group_size} siblings of a prompt stay on one rank"
             )
-        rows = self.prompts_per_iteration // world_size * self.group_size
+        rows = self.prompts_per_iteration // ranks * self.group_size
         if rows % self.batch_size:
             raise ValueError(
-                f"{self.prompts_per_iteration // world_size} prompts of {self.group_size} siblings are {rows} rows, "
+                f"{self.prompts_per_iteration // ranks} prompts of {self.group_size} siblings are {rows} rows, "
                 f"which do not fill batches of {self.batch_size}; choose a batch_size that divides {rows}"
             )
 
     def _check_road(self) -> None:
         assert self.trainer is not None
-        needs, steps = self.policy.needs(), self.policy.batches_per_rollout()
-        if self.fused and (extra := needs - {"target", "anchor"}):
+        accumulate, together = self.trainer.accumulate_grad_batches, self.road.indivisible()
+        if extra := self.policy.needs() - self.road.provides:
             raise ValueError(
-                f"fused rollouts cannot provide {sorted(extra)}, which the objective needs; set fused: false"
+                f"fused rollouts cannot provide {sorted(extra)}, which only finished ones have and training needs; "
+                "set fused: false"
             )
-        if self.fused and self.trainer.accumulate_grad_batches % steps:
+        if accumulate % together:
             raise ValueError(
-                f"accumulate_grad_batches is {self.trainer.accumulate_grad_batches}, so an optimiser step would fall "
-                f"inside a fused trajectory; choose a multiple of its {steps} trained steps"
+                f"accumulate_grad_batches is {accumulate}, so an optimiser step would fall inside a fused trajectory; "
+                f"choose a multiple of its {together} trained steps"
             )
 
     def train_dataloader(self) -> RolloutLoader:
         """A sized iterable, so that Lightning does not prefetch (a prefetched batch would be off-policy by one)."""
-        return RolloutLoader(self._batches, self._chunks() * self.policy.batches_per_rollout())
+        return RolloutLoader(self._batches, self._length())
 
-    def _chunks(self) -> int:
+    def _length(self) -> int:
+        """Batches of an iteration on this rank."""
         assert self.trainer is not None
-        return self.prompts_per_iteration // self.trainer.world_size * self.group_size // self.batch_size
+        rows = self.prompts_per_iteration // self.trainer.world_size * self.group_size
+        return rows // self.batch_size * self.policy.batches_per_rollout()
 
     def _batches(self) -> Iterator[StepBatch]:
-        batches = self._fused() if self.fused else self._whole()
-        last = self._chunks() * self.policy.batches_per_rollout() - 1
-        for index, batch in enumerate(batches):
+        last = self._length() - 1
+        for index, batch in enumerate(self.road.batches(self.draws())):
             if index == last:  # so that the checkpoint at the end of the epoch counts this iteration as done
                 self.iteration += 1
             yield batch
 
-    def _whole(self) -> Iterator[StepBatch]:
-        needs = self.policy.needs()
-        draws = list(self._draws())
-        for rollout, (_, noise) in zip(self.collect(draws), draws, strict=True):
-            for batch in self.policy.cut(rollout, noise):
-                with self._sampling():
-                    labelled = self.policy.signals.label_states(batch, needs)
-                yield labelled
-
-    def _fused(self) -> Iterator[StepBatch]:
-        needs, sampler = self.policy.needs(), self.policy.sampler
-        for prompts, noise in self._draws():
-            tasks = [prompt.task for prompt in prompts]
-            cond, x, trained = (
-                self.policy.backbone.encode([p.text for p in prompts]),
-                noise.start(),
-                sampler.trained_steps(),
-            )
-            for j in range(trained.stop):
-                state = _Advance(sampler.at(x, j, cond, tasks))
-                with self._sampling():
-                    if j in trained:
-                        batch = self.policy.signals.label_states(state.batch, needs)
-                    else:
-                        state.advance(sampler.transition(state.batch, self.policy.velocity(x, state.batch.sigma, cond)))
-                if j in trained:
-                    yield replace(batch, advance=state.advance)
-                x = state.next(noise, j)
-
-    def collect(self, draws: Sequence[tuple[list[Prompt], RowNoise]]) -> list[Rollout]:
-        """Draw and label the rollouts of one iteration, without gradient and in the precision of training."""
-        with self._sampling():
-            rollouts = [self.policy.rollout(prompts, noise) for prompts, noise in draws]
-            return self.policy.label(rollouts, self.group_size)
-
-    @contextmanager
-    def _sampling(self) -> Iterator[None]:
-        """No gradient, eval mode, and the precision of the training forward (else the ratio would not start at 1)."""
-        assert self.trainer is not None
-        training = self.policy.training
-        self.policy.eval()
-        try:
-            with torch.no_grad(), self.trainer.precision_plugin.forward_context():
-                yield
-        finally:
-            self.policy.train(training)
-
-    def _draws(self) -> Iterator[tuple[list[Prompt], RowNoise]]:
-        """Prompts and noise of this rank's chunks."""
+    def draws(self) -> list[Draw]:
+        """What this rank's forwards of the next iteration draw; nothing is encoded or sampled yet."""
         assert self.trainer is not None
         prompts = self.mixture.draw(self.prompts_per_iteration, self.iteration, self.seed)
         share = len(prompts) // self.trainer.world_size
         first = self.trainer.global_rank * share
-        self.policy.backbone.prepare([prompt.text for prompt in prompts[first : first + share]])
         rows = [(group, sibling) for group in range(first, first + share) for sibling in range(self.group_size)]
-        for chunk in (rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)):
-            yield [prompts[group] for group, _ in chunk], self._noise(chunk)
+        chunks = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
+        trained = self.policy.sampler.trained_steps()
+        return [Draw([prompts[group] for group, _ in chunk], self._noise(chunk), trained) for chunk in chunks]
 
     def _noise(self, rows: Sequence[tuple[int, int]]) -> RowNoise:
         keys = [f"{self.seed} {self.iteration} {group} {sibling}" for group, sibling in rows]
@@ -275,18 +236,3 @@ class RolloutLoader:
 
     def __iter__(self) -> Iterator[Any]:
         return self.batches()
-
-
-class _Advance:
-    """The slot through which a training step hands its transition back to a fused trajectory."""
-
-    def __init__(self, batch: StepBatch) -> None:
-        self.batch = batch
-        self.transition: Transition | None = None
-
-    def advance(self, transition: Transition) -> None:
-        self.transition = transition
-
-    def next(self, noise: RowNoise, step: int) -> Tensor:
-        assert self.transition is not None, "the training step did not advance its trajectory"
-        return self.transition.sample(noise.step(step)) if bool(self.batch.noisy[0]) else self.transition.mean

@@ -1,0 +1,38 @@
+"""What one forward draws."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from flowopd.records import Prompt
+from flowopd.rollouts.noise import RowNoise
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Prompts of the rows of one forward, their noise, and the steps of their trajectories that are trained on.
+
+    Args:
+        prompts: B prompts; siblings stand next to each other.
+        noise: of B rows.
+        trained: indices of the trained steps, ascending.
+    """
+
+    prompts: Sequence[Prompt]
+    noise: RowNoise
+    trained: Sequence[int]
+
+    def __getitem__(self, rows: slice) -> Draw:
+        """Some of the rows, with the same noise as among all."""
+        return replace(self, prompts=self.prompts[rows], noise=self.noise[rows])
+
+    @property
+    def texts(self) -> list[str]:
+        """What the text encoders read, B."""
+        return [prompt.text for prompt in self.prompts]
+
+    @property
+    def tasks(self) -> list[str]:
+        """Names of the rows' tasks, B."""
+        return [prompt.task for prompt in self.prompts]

@@ -1,0 +1,65 @@
+"""Numbers are checked where they are given: three sentences."""
+
+from numbers import Integral, Real
+
+
+def at_least(minimum: float, **values: float | None) -> None:
+    """Raise unless every value is ``minimum`` or more; ``None`` is skipped.
+
+    An ``int`` as the bound (1) asks for whole numbers, a ``float`` (1.0) for any. NaN and ``True`` are no numbers here.
+
+    Raises:
+        ValueError: naming the first value outside.
+
+    >>> at_least(1, batch_size=8, count=None)
+    >>> at_least(1, batch_size=0)
+    Traceback (most recent call last):
+    ValueError: batch_size is 0; expected at least 1
+    >>> at_least(1, batch_size=2.5)
+    Traceback (most recent call last):
+    ValueError: batch_size is 2.5; expected a whole number of at least 1
+    """
+    for name, value in values.items():
+        if value is not None and not (_number(value, minimum) and value >= minimum):
+            kind = "" if _number(value, minimum) else f"{_kind(minimum)} of "
+            raise ValueError(f"{name} is {value!r}; expected {kind}at least {minimum}")
+
+
+def above(minimum: float, **values: float | None) -> None:
+    """Raise unless every value is more than ``minimum``; otherwise as ``at_least``.
+
+    Raises:
+        ValueError: naming the first value outside.
+
+    >>> above(0.0, timeout=0.0)
+    Traceback (most recent call last):
+    ValueError: timeout is 0.0; expected a number above 0.0
+    """
+    for name, value in values.items():
+        if value is not None and not (_number(value, minimum) and value > minimum):
+            raise ValueError(f"{name} is {value!r}; expected {_kind(minimum)} above {minimum}")
+
+
+def within(low: float, high: float, **values: float | None) -> None:
+    """Raise unless every value is from ``low`` to ``high``, both included; otherwise as ``at_least``.
+
+    Raises:
+        ValueError: naming the first value outside.
+
+    >>> within(0.0, 1.0, decay=0.9)
+    >>> within(0.0, 1.0, decay=float("nan"))
+    Traceback (most recent call last):
+    ValueError: decay is nan; expected a number from 0.0 to 1.0
+    """
+    for name, value in values.items():
+        if value is not None and not (_number(value, low) and low <= value <= high):
+            raise ValueError(f"{name} is {value!r}; expected {_kind(low)} from {low} to {high}")
+
+
+def _number(value: object, bound: float) -> bool:
+    """Is this a number of the bound's kind?"""
+    return isinstance(value, Integral if isinstance(bound, int) else Real) and not isinstance(value, bool)
+
+
+def _kind(bound: float) -> str:
+    return "a whole number" if isinstance(bound, int) else "a number"

@@ -129,7 +129,7 @@ def test_an_excluded_file_is_left_out_and_what_is_exhausted_is_said(tmp_path):
         ({"tags": {"colors": 0}}, "expected shares of at least 0 and one above"),
         ({"objects": ["cat", "unicorn"]}, r"GenEval's detector does not know \['unicorn'\]"),
         ({"objects": ["cat", "person"]}, "expected two objects besides 'person'"),
-        ({"max_count": 11}, "max_count goes from 2 to 10, got 11"),
+        ({"max_count": 11}, "max_count is 11; expected a whole number from 2 to 10"),
     ],
 )
 def test_a_choice_that_cannot_be_is_refused(options, sentence):

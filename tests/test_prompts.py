@@ -40,17 +40,89 @@ def test_a_parser_adds_its_facts_and_refuses_by_line(tmp_path):
         PromptFile(file(tmp_path, "p.txt", "abc", "abc!"), "draw", shout)
 
 
-@pytest.mark.parametrize("line", ["{broken", '{"caption": "a dog"}', '"a dog"', '["a dog"]', '{"text": ""}'])
-def test_a_line_that_is_no_prompt_is_named(tmp_path, line):
-    with pytest.raises(ValueError, match=r"line 1 of '.*p.jsonl' is not a prompt of task 'draw'"):
-        PromptFile(file(tmp_path, "p.jsonl", line), "draw")
+LINES = {  # of a .jsonl file, and what is said of them
+    "{broken": r"it is not JSON, one object per line \(Expecting property name .* at column 2\)",
+    "{": "it is not JSON, one object per line",
+    "a dog": "it is not JSON",
+    '{"prompt": "a dog"} {"prompt": "a cat"}': "it is not JSON, one object per line",
+    '"a dog"': r"expected a JSON object with 'text' or 'prompt', got \"a dog\"",
+    '["a dog"]': "expected a JSON object",
+    "7": "expected a JSON object",
+    "null": "expected a JSON object",
+    "{}": r"expected its text as 'text' or as 'prompt', got \[\]",
+    '{"caption": "a dog"}': r"expected its text as 'text' or as 'prompt', got \['caption'\]",
+    '{"prompt": "a sign", "text": "open"}': "expected its text as 'text' or as 'prompt', got both",
+    '{"text": ""}': 'text is ""; expected a text',
+    '{"text": " "}': "expected a text",
+    '{"prompt": null}': "prompt is null; expected a text",
+    '{"prompt": 7}': "prompt is 7; expected a text",
+    '{"prompt": ["a dog"]}': r'prompt is \["a dog"\]; expected a text',
+    '{"prompt": {"text": "a dog"}}': "expected a text",
+    '{"prompt": "a dog", "prompt": "a cat"}': "it says 'prompt' twice",
+    '{"prompt": "a dog", "of": {"n": 1, "n": 2}}': "it says 'n' twice",
+    '{"prompt": "a dog", "count": NaN}': "NaN is no number of JSON; say null",
+    '{"prompt": "a dog", "count": -Infinity}': "-Infinity is no number of JSON",
+    '{"prompt": "half \\ud83e"}': "holds what no text has",
+    '{"prompt": "a\\u0000dog"}': "holds what no text has",
+    '{"prompt": "a dog", "deep": ' + "[" * 100_000: "it is nested too deeply",
+    '{"prompt": "a dog", "n": ' + "1" * 5000 + "}": "Exceeds the limit",
+}
 
 
-def test_a_missing_or_empty_file_is_named(tmp_path):
+@pytest.mark.parametrize(("line", "sentence"), LINES.items(), ids=[line[:40] for line in LINES])
+def test_a_line_that_is_no_prompt_is_one_sentence_with_its_file_and_number(tmp_path, line, sentence):
+    with pytest.raises(ValueError, match=rf"^line 3 of '.*' is not a prompt of task 'draw': .*{sentence}") as refused:
+        PromptFile(file(tmp_path, "p.jsonl", '{"prompt": "a dog"}', "", line), "draw")
+    assert len(str(refused.value).splitlines()) == 1
+    assert len(str(refused.value)) < 400
+
+
+FILES = {  # of other kinds, and what is said of them
+    "p.json": (b'[{"prompt": "a dog"}]', "neither .txt nor .jsonl; write one JSON object per line into a .jsonl file"),
+    "p.csv": (b"prompt\na dog", "neither .txt nor .jsonl; write one prompt per line"),
+    "p.parquet": (b"PAR1", "neither .txt nor .jsonl"),
+    "p.jsonl.gz": (b"\x1f\x8b", "neither .txt nor .jsonl"),
+    "prompts": (b"a dog", "neither .txt nor .jsonl"),
+    "json.txt": (b'a cat\n{"prompt": "a dog"}', "line 2 of .* it looks like JSON; .* a name that ends in .jsonl"),
+    "latin.txt": ("a cat\r\ncafé".encode("latin-1"), r"line 2 of .* is not UTF-8 \(byte 0xe9\); save the file as"),
+    "latin.jsonl": (b'{"prompt": "caf\xe9"}', r"line 1 of .* is not UTF-8 \(byte 0xe9\)"),
+    "wide.txt": ("a dog".encode("utf-16"), r"line 1 of .* is not UTF-8 \(byte 0xff\)"),
+    "wider.txt": ("a dog".encode("utf-16-le"), "line 1 of .* holds what no text has; is it UTF-8"),
+    "empty.txt": (b"", "holds no prompt; expected one per line"),
+    "blank.txt": (b" \n\t\n", "holds no prompt"),
+    "bom.jsonl": ("\ufeff\n".encode(), "holds no prompt"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_of_another_kind_is_one_sentence(tmp_path, name):
+    content, sentence = FILES[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=sentence):
+        PromptFile(str(tmp_path / name), "draw")
+
+
+def test_what_is_no_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"prompt file '.*none.txt' does not exist"):
         PromptFile(str(tmp_path / "none.txt"), "draw")
-    with pytest.raises(ValueError, match=r"prompt file '.*empty.txt' holds no prompt; expected one per line"):
-        PromptFile(file(tmp_path, "empty.txt", "", ""), "draw")
+    (tmp_path / "folder.txt").mkdir()
+    with pytest.raises(ValueError, match=r"folder.txt' is a folder; name a file in it"):
+        PromptFile(str(tmp_path / "folder.txt"), "draw")
+    with (tmp_path / "huge.txt").open("wb") as huge:
+        huge.truncate(1 << 31)  # takes no room
+    with pytest.raises(ValueError, match=r"huge.txt' has 2147483648 bytes; expected 1073741824 at most"):
+        PromptFile(str(tmp_path / "huge.txt"), "draw")
+
+
+def quarrelsome(text: str) -> Prompt:
+    return {"a dog": Prompt("a dog", "any"), "nothing": None}[text]
+
+
+def test_whatever_a_parser_raises_is_a_sentence(tmp_path):
+    with pytest.raises(ValueError, match=r"line 2 of .* is not a prompt of task 'draw': KeyError: 'a cat'"):
+        PromptFile(file(tmp_path, "p.txt", "a dog", "a cat"), "draw", quarrelsome)
+    with pytest.raises(ValueError, match=r"line 1 of .* is not a prompt of task 'draw': AttributeError: "):
+        PromptFile(file(tmp_path, "p.txt", "nothing"), "draw", quarrelsome)
 
 
 def test_a_file_is_drawn_in_shuffled_passes(tmp_path):
@@ -99,3 +171,21 @@ def test_shares_that_do_not_fit_are_refused():
         mixture(ratio={"ocr": 1})
     with pytest.raises(ValueError, match="at least one task, got none"):
         Mixture({})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"count": 0, "iteration": 0}, {"count": 2.5, "iteration": 0}, {"count": 4, "iteration": -1}],
+    ids=["none", "half", "before"],
+)
+def test_an_iteration_that_cannot_be_is_refused(options):
+    with pytest.raises(ValueError, match=r"(count|iteration) is (0|2.5|-1); expected "):
+        mixture().draw(**options, seed=0)
+
+
+@pytest.mark.parametrize("share", [-1, 0.5, True])
+def test_a_share_that_cannot_be_is_refused(share):
+    with pytest.raises(ValueError, match=f"share of ocr is {share}; expected "):
+        mixture(ratio={"ocr": share, "geneval": 1})
+    with pytest.raises(ValueError, match=r"one share at least must be above 0, got \{'ocr': 0, 'geneval': 0\}"):
+        mixture(ratio={"ocr": 0, "geneval": 0})

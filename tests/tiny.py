@@ -146,12 +146,16 @@ def expert(
 
 @dataclass
 class Words:
-    """Prompts "red 0", "red 1", ... of the task "red"."""
+    """Prompts "red 0", "red 1", ... "red 999" of the task "red"; from "red 1000" on they are held out."""
 
     task: str
+    first: int = 0
 
     def draw(self, count: int, seed: int) -> list[Prompt]:
-        return [Prompt(f"{self.task} {(seed + i) % 1000}", self.task) for i in range(count)]
+        return [Prompt(f"{self.task} {self.first + (seed + i) % 1000}", self.task) for i in range(count)]
+
+    def divided(self) -> tuple["Words", "Words"]:
+        return self, Words(self.task, self.first + 1000)
 
 
 @dataclass

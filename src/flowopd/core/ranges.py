@@ -3,7 +3,7 @@
 from numbers import Integral, Real
 
 
-def at_least(minimum: float, **values: float | None) -> None:
+def at_least(minimum: float, /, **values: float | None) -> None:
     """Raise unless every value is ``minimum`` or more; ``None`` is skipped.
 
     An ``int`` as the bound (1) asks for whole numbers, a ``float`` (1.0) for any. NaN and ``True`` are no numbers here.
@@ -25,7 +25,7 @@ def at_least(minimum: float, **values: float | None) -> None:
             raise ValueError(f"{name} is {value!r}; expected {kind}at least {minimum}")
 
 
-def above(minimum: float, **values: float | None) -> None:
+def above(minimum: float, /, **values: float | None) -> None:
     """Raise unless every value is more than ``minimum``; otherwise as ``at_least``.
 
     Raises:
@@ -40,7 +40,7 @@ def above(minimum: float, **values: float | None) -> None:
             raise ValueError(f"{name} is {value!r}; expected {_kind(minimum)} above {minimum}")
 
 
-def within(low: float, high: float, **values: float | None) -> None:
+def within(low: float, high: float, /, **values: float | None) -> None:
     """Raise unless every value is from ``low`` to ``high``, both included; otherwise as ``at_least``.
 
     Raises:

@@ -20,6 +20,7 @@ from flowopd.core.schedules import ShiftedSchedule
 from flowopd.core.tensors import row_mean
 from flowopd.core.weights import ExactKL, Uniform
 from flowopd.models import SD3Backbone
+from flowopd.prompts.splits import held_out
 from flowopd.records import Conditioning, StepBatch
 from flowopd.rollouts import Draw
 from flowopd.teachers import BaseTeacher, FullTeacher, Teacher
@@ -171,8 +172,8 @@ def prompts_answer(subject: Subject) -> str:
     data = subject.data
     counts = []
     for task, source in data.mixture.sources.items():
-        drawn, held_out = source.draw(2, data.seed), data.evaluation_prompts.get(task, source).draw(1, -1)
-        if len(drawn) < 2 or not all(prompt.text.strip() for prompt in [*drawn, *held_out]):
+        drawn, kept = source.draw(2, data.seed), held_out(data.evaluation_prompts.get(task, source), 1)
+        if len(drawn) < 2 or not all(prompt.text.strip() for prompt in [*drawn, *kept]):
             raise ValueError(f"task {task!r} answers with {[prompt.text for prompt in drawn]}; expected two texts")
         if wrong := [prompt.task for prompt in drawn if prompt.task != task]:
             raise ValueError(f"the prompts of task {task!r} say that they are of task {wrong[0]!r}")
@@ -288,7 +289,7 @@ def rewards_answer(subject: Subject) -> str:
         raise ValueError("decoded pictures are not finite")
     answers = []
     for task, source in data.evaluation_prompts.items():
-        prompts = source.draw(len(images), -1)
+        prompts = held_out(source, len(images))
         for reward in (reward for reward in signals.rewards if reward.covers(task)):
             answers.append(f"{reward.name} of {task} {_finite(reward.score(images, prompts), reward.name, task)}")
     return ", ".join(answers)

@@ -4,6 +4,7 @@ import random
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
+from flowopd.core.ranges import at_least
 from flowopd.records import Prompt
 
 
@@ -18,6 +19,7 @@ class PromptSource(Protocol):
 
 def shuffled_passes(prompts: Sequence[Prompt], count: int, seed: int) -> list[Prompt]:
     """Return ``count`` prompts in shuffled passes over ``prompts``: none comes again before all have come."""
+    at_least(0, count=count, seed=seed)
     shuffler = random.Random(seed)
     drawn: list[Prompt] = []
     while len(drawn) < count:

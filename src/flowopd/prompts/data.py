@@ -22,9 +22,9 @@ from flowopd.prompts.sets import (
     fetch,
     texts,
 )
+from flowopd.prompts.splits import Split
 from flowopd.records import Prompt
 
-Split = Literal["train", "test"]
 Category = Literal["all", "color", "shape", "texture", "spatial", "3d_spatial", "non_spatial", "numeracy", "complex"]
 
 
@@ -130,7 +130,7 @@ def _published(published: PublishedSet, split: str, source: str | None, sha256: 
     data, found = fetch(address, sha256)
     known = "as expected" if sha256 else "not checked: give --sha256 to insist on it"
     print(f"read {address}\n  sha256 {found} ({known})")
-    return texts(data)
+    return texts(data, address)
 
 
 def _save(prompts: Iterable[Prompt], out: Path, licence: str) -> None:

@@ -6,15 +6,15 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 
+from flowopd.core.ranges import at_least, within
 from flowopd.prompts.base import shuffled_passes
 from flowopd.prompts.files import PromptFile, jsonl
+from flowopd.prompts.splits import Split, check_split, other
 from flowopd.records import Prompt
-
-Split = Literal["train", "test"]
 
 OBJECTS = (  # the classes of COCO in their order, some renamed
     *("person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light"),
@@ -45,6 +45,9 @@ class GenEvalPrompts:
     The test split is the official 553 prompts. The training split draws others by the same rules, and none that asks
     for a picture of the test split: "a dog left of a cat" is also "a cat right of a dog".
 
+    >>> GenEvalPrompts(tags={"position": 1}, objects=["cat", "dog"]).draw(1, seed=0)[0].text
+    'a photo of a dog right of a cat'
+
     Args:
         split: ``test`` or ``train``; what follows is of the training split.
         task: the task of the prompts.
@@ -67,8 +70,7 @@ class GenEvalPrompts:
         max_count: int = 4,
         exclude: str | None = None,
     ) -> None:
-        if split not in get_args(Split):
-            raise ValueError(f"GenEvalPrompts knows the splits {get_args(Split)}, got {split!r}")
+        check_split(self, split)
         if split == "test" and (tags, objects, max_count, exclude) != (None, None, 4, None):
             raise ValueError("GenEval's test split is fixed; tags, objects, max_count and exclude are for training")
         self.split = split
@@ -76,11 +78,14 @@ class GenEvalPrompts:
         self.tags = _shares(tags or TRAINED)
         self.objects = _known(objects or OBJECTS)
         self.max_count = max_count
-        if not 2 <= max_count < len(NUMBERS):
-            raise ValueError(f"max_count goes from 2 to {len(NUMBERS) - 1}, got {max_count}")
+        within(2, len(NUMBERS) - 1, max_count=max_count)
         self.excluded = [*official(), *(PromptFile(exclude, task).prompts if exclude else [])]
         self._texts = {prompt.text for prompt in self.excluded}
         self._pictures = {picture(prompt) for prompt in self.excluded if "include" in prompt.metadata}
+
+    def divided(self) -> tuple[GenEvalPrompts, GenEvalPrompts]:
+        """This split, and the other one."""
+        return self, GenEvalPrompts(other(self.split), self.task)
 
     def draw(self, count: int, seed: int) -> list[Prompt]:
         """Return ``count`` prompts; the same seed gives the same prompts.
@@ -90,6 +95,7 @@ class GenEvalPrompts:
         Raises:
             ValueError: if nothing is left to draw of a tag.
         """
+        at_least(0, count=count, seed=seed)
         if self.split == "test":
             return shuffled_passes(official(self.task), count, seed)
         dice = _Dice(np.random.default_rng(seed), self.objects, self.max_count, self.task)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from flowopd.core.ranges import at_least
 from flowopd.prompts.base import PromptSource
 from flowopd.records import Prompt
 
@@ -9,13 +10,18 @@ from flowopd.records import Prompt
 class Mixture:
     """Prompts of several tasks, in every iteration or in turns.
 
+    >>> from flowopd.prompts import OCRPrompts
+    >>> mixture = Mixture({task: OCRPrompts(task=task) for task in ("sign", "poster")}, ratio={"sign": 1, "poster": 2})
+    >>> [prompt.task for prompt in mixture.draw(6, iteration=0, seed=0)]
+    ['sign', 'sign', 'poster', 'poster', 'poster', 'poster']
+
     Args:
         sources: prompts of each task.
         ratio: shares of the tasks; default: equal.
         alternate: give whole iterations to one task at a time, in a cycle with these shares.
 
     Raises:
-        ValueError: if there is no task, or the shares name other tasks than the sources.
+        ValueError: if there is no task, the shares name other tasks than the sources, or are out of range.
     """
 
     def __init__(
@@ -28,13 +34,18 @@ class Mixture:
         self.alternate = alternate
         if set(self.ratio) != set(self.sources):
             raise ValueError(f"ratio names tasks {sorted(self.ratio)}, the prompts are of {sorted(self.sources)}")
+        at_least(0, **{f"share of {task}": share for task, share in self.ratio.items()})
+        if not any(self.ratio.values()):
+            raise ValueError(f"one share at least must be above 0, got {self.ratio}")
 
     def counts(self, count: int, iteration: int) -> dict[str, int]:
         """How many prompts each task gets in an iteration.
 
         Raises:
-            ValueError: if the shares do not divide the prompts.
+            ValueError: if the shares do not divide the prompts, or a number is out of range.
         """
+        at_least(1, count=count)
+        at_least(0, iteration=iteration)
         cycle = [task for task, share in self.ratio.items() for _ in range(share)]
         if self.alternate:
             return {cycle[iteration % len(cycle)]: count}

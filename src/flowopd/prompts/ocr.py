@@ -4,14 +4,12 @@ import json
 import random
 import re
 from pathlib import Path
-from typing import Literal, get_args
-from zlib import crc32
 
+from flowopd.core.ranges import at_least
+from flowopd.prompts import splits
+from flowopd.prompts.splits import Split, check_split, other
 from flowopd.records import Prompt
 
-Split = Literal["train", "test"]
-
-HELD_OUT = 10  # one text in so many is kept for testing
 LENGTHS = range(2, 28)  # characters of a text
 WORDS: dict[str, list[str]] = json.loads(Path(__file__).with_name("ocr_words.json").read_text(encoding="utf-8"))
 
@@ -20,6 +18,9 @@ class OCRPrompts:
     """Seeded prompts of an object that carries a text of 2 to 27 characters; ``target`` in the metadata is that text.
 
     A draw repeats no prompt. A tenth of the texts, in any spelling of case and spaces, is held out for testing.
+
+    >>> OCRPrompts().draw(1, seed=1)[0].text
+    'A pixel art scene with a bakery bag that says "Feed the Cosmic Valley"'
 
     Args:
         split: ``train`` never draws a text that is held out, ``test`` draws only those.
@@ -30,13 +31,17 @@ class OCRPrompts:
     """
 
     def __init__(self, split: Split = "train", task: str = "ocr") -> None:
-        if split not in get_args(Split):
-            raise ValueError(f"OCRPrompts knows the splits {get_args(Split)}, got {split!r}")
+        check_split(self, split)
         self.split = split
         self.task = task
 
+    def divided(self) -> tuple["OCRPrompts", "OCRPrompts"]:
+        """This split, and the other one."""
+        return self, OCRPrompts(other(self.split), self.task)
+
     def draw(self, count: int, seed: int) -> list[Prompt]:
         """Return ``count`` different prompts; the same seed gives the same prompts."""
+        at_least(0, count=count, seed=seed)
         dice = random.Random(seed)
         prompts: dict[str, Prompt] = {}
         while len(prompts) < count:
@@ -49,7 +54,7 @@ class OCRPrompts:
 
 def split_of(target: str) -> Split:
     """Which split a text belongs to, by a hash of its letters."""
-    return "train" if crc32(letters(target).encode()) % HELD_OUT else "test"
+    return splits.split_of(letters(target))
 
 
 def letters(text: str) -> str:

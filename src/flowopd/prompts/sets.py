@@ -72,13 +72,13 @@ def fetch(source: str, sha256: str | None = None) -> tuple[bytes, str]:
     return data, found
 
 
-def texts(data: bytes) -> list[str]:
+def texts(data: bytes, source: str) -> list[str]:
     """The prompts of a plain-text set in their order; what is repeated counts once.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is none, or a line is not UTF-8.
     """
-    found = [line for line in dict.fromkeys(lines_of(data)) if line]
+    found = [line for line in dict.fromkeys(lines_of(data, source)) if line]
     if not found:
         raise ValueError("the source holds no prompt; expected plain text, one prompt per line")
     return found

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from flowopd.core.seeds import seed_of
 
 
 class RowNoise:
@@ -62,5 +63,4 @@ class RowNoise:
 
 def generator(key: object) -> torch.Generator:
     """A CPU generator seeded by the text of ``key``."""
-    digest = hashlib.blake2b(str(key).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest) >> 1)
+    return torch.Generator().manual_seed(seed_of(key))

@@ -9,21 +9,21 @@ import re
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Literal, TypeAlias, get_args
-from zlib import crc32
 
 import torch
 from torch import Tensor
 
+from flowopd.core.ranges import at_least
+from flowopd.prompts import splits
+from flowopd.prompts.splits import Split, check_split, other
 from flowopd.records import Prompt
 from flowopd.tiles.glyphs import COLOURS, GRID, LETTERS, SHAPES, code, draw
 
 Task = Literal["composition", "text"]
-Split = Literal["train", "test"]
 Clause: TypeAlias = tuple[int, str, str]  # how many, colour, shape
 
 TASKS: tuple[Task, ...] = get_args(Task)
 NUMBERS = ("one", "two", "three", "four")
-HELD_OUT = 10  # one text in so many is kept for testing
 
 
 def parse(text: str) -> Prompt:
@@ -84,11 +84,14 @@ def split_of(prompt: Prompt) -> Split:
     Swapped clauses ask for the same picture and a word is the same word in every colour: such prompts stay together.
     """
     asked = prompt.metadata.get("word") or sorted(prompt.metadata["clauses"])
-    return "train" if crc32(str(asked).encode()) % HELD_OUT else "test"
+    return splits.split_of(str(asked))
 
 
 class TilesPrompts:
     """Prompts of one task of the tiles world.
+
+    >>> TilesPrompts("text").draw(1, seed=0)
+    [Prompt(text='text yellow "ULIM"', task='text', metadata={'colour': 'yellow', 'word': 'ULIM'})]
 
     Args:
         task: what is asked for.
@@ -96,14 +99,19 @@ class TilesPrompts:
     """
 
     def __init__(self, task: Task, split: Split = "train") -> None:
-        for value, known in ((task, TASKS), (split, get_args(Split))):
-            if value not in known:
-                raise ValueError(f"TilesPrompts knows {known}, got {value!r}")
+        if task not in TASKS:
+            raise ValueError(f"TilesPrompts knows the tasks {TASKS}, got {task!r}")
+        check_split(self, split)
         self.task = task
         self.split = split
 
+    def divided(self) -> tuple["TilesPrompts", "TilesPrompts"]:
+        """This split, and the other one."""
+        return self, TilesPrompts(self.task, other(self.split))
+
     def draw(self, count: int, seed: int) -> list[Prompt]:
         """Return ``count`` prompts; the same seed gives the same prompts."""
+        at_least(0, count=count, seed=seed)
         dice = random.Random(seed)
         prompts: list[Prompt] = []
         while len(prompts) < count:

@@ -10,6 +10,7 @@ import torch
 from lightning import LightningDataModule
 
 from flowopd.prompts import Mixture, PromptSource
+from flowopd.prompts.splits import divided, held_out
 from flowopd.records import EvaluationBatch, Prompt, StepBatch
 from flowopd.rollouts import Draw, RowNoise
 from flowopd.training.policy import FlowPolicy
@@ -32,7 +33,7 @@ class RolloutDataModule(LightningDataModule):
         share_start: siblings start from the same noise.
         fused: the forward that trains a step also advances the trajectory: half the forwards, for objectives that need
             only velocities (``TransitionKL``, ``Anchored``).
-        evaluation_prompts: held-out prompts of each task; default: the training sources, differently seeded.
+        evaluation_prompts: held-out prompts of each task; default: what the training sources hold out.
         evaluation_count: held-out prompts per task.
         evaluation_batch_size: images drawn at a time.
         seed: seed of prompts and noise.
@@ -57,14 +58,15 @@ class RolloutDataModule(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.mixture = Mixture(prompts, ratio, alternate)
+        trained, kept = (prompts, evaluation_prompts) if evaluation_prompts else divided(prompts)
+        self.mixture = Mixture(trained, ratio, alternate)
         self.mixture.counts(prompts_per_iteration, 0)
         self.prompts_per_iteration = prompts_per_iteration
         self.group_size = group_size
         self.batch_size = batch_size
         self.share_start = share_start
         self.fused = fused
-        self.evaluation_prompts = evaluation_prompts or prompts
+        self.evaluation_prompts = kept
         self.evaluation_count = evaluation_count
         self.evaluation_batch_size = evaluation_batch_size
         self.seed = seed
@@ -179,7 +181,7 @@ class RolloutDataModule(LightningDataModule):
     def held_out(self) -> list[Prompt]:
         """All held-out prompts, ``evaluation_count`` per task."""
         sources = self.evaluation_prompts.values()
-        return [prompt for source in sources for prompt in source.draw(self.evaluation_count, seed=-1)]
+        return [prompt for source in sources for prompt in held_out(source, self.evaluation_count)]
 
     def few_held_out(self, per_task: int) -> EvaluationBatch:
         """The first held-out prompts of every task, with the noise they have in the evaluation; alike on all ranks."""

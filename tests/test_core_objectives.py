@@ -32,7 +32,7 @@ from flowopd.core import (
     TransitionKL,
     Uniform,
 )
-from flowopd.core.objectives import importance_ratio, needs
+from flowopd.core.objectives import importance_ratio, labels_of
 
 SIGMAS = torch.tensor([0.95, 0.8, 0.5, 0.3], dtype=torch.float64)
 STEPS = range(3)
@@ -99,7 +99,7 @@ class Walk:
         for j in STEPS:
             theta = STUDENT.expand(len(kl), 3).clone().requires_grad_()
             student = step(theta, states[j], j)
-            labels = labels_of(student, states[j], states[j + 1], state_kl=kl[:, j], kl_to_go=to_go[:, j])
+            labels = labelled(student, states[j], states[j + 1], state_kl=kl[:, j], kl_to_go=to_go[:, j])
             (gradient,) = torch.autograd.grad(objective.loss(student, labels)[0], theta)
             total += self.mean(gradient * len(kl))
         return total
@@ -118,7 +118,7 @@ class Walk:
         return torch.autograd.grad(self.mean(kl), theta)[0]
 
 
-def labels_of(student: Transition, x: Tensor, x_next: Tensor, **facts: Tensor) -> Labels:
+def labelled(student: Transition, x: Tensor, x_next: Tensor, **facts: Tensor) -> Labels:
     log_prob_old = student.detach().log_prob(x_next)
     return Labels(x_next=x_next, log_prob_old=log_prob_old, target=velocity(TEACHER, x), **facts)
 
@@ -183,7 +183,7 @@ def test_the_released_loss_is_the_mean_released_kl_in_expectation(dimensions):
     for a, b in itertools.product(range(len(x)), repeat=2):
         student = step(theta, x[[a, b]], last)
         x_next = student.detach().sample(noise[[a, b]])
-        loss, _ = ReleasedKL(advantage_clip=math.inf).loss(student, labels_of(student, x[[a, b]], x_next))
+        loss, _ = ReleasedKL(advantage_clip=math.inf).loss(student, labelled(student, x[[a, b]], x_next))
         expected += weights[a] * weights[b] * torch.autograd.grad(loss, theta)[0]
     student, target = step(theta, x, last), velocity(TEACHER, x)
     released = Released().weight(student) * ((student.velocity - target) ** 2).mean(1)
@@ -222,7 +222,7 @@ def visited(theta: Tensor = STUDENT, **facts: Tensor | None) -> tuple[Transition
     student = step(theta, x, 1)
     known = {name: torch.rand(ROWS, dtype=torch.float64) for name in ("advantage", "state_kl", "kl_to_go")}
     known |= {"anchor": velocity(-TEACHER, x)}
-    return student, labels_of(student, x, student.detach().sample(noise), **(known | facts))
+    return student, labelled(student, x, student.detach().sample(noise), **(known | facts))
 
 
 def gradient(objective, student: Transition, labels: Labels, theta: Tensor) -> Tensor:
@@ -305,7 +305,7 @@ def test_a_teacher_equal_to_the_student_asks_for_nothing(theta, objective):
 @every_objective
 def test_labels_take_no_gradient(theta, objective):
     student, labels = visited(theta)
-    facts = {name: fact.detach().requires_grad_() for name, fact in labels.known().items()}
+    facts = {name: fact.detach().requires_grad_() for name, fact in labels.present().items()}
     del facts["x_next"]  # a sampled state is data
     objective.loss(student, Labels(labels.x_next, **facts))[0].backward()
     assert theta.grad is not None
@@ -334,9 +334,9 @@ PROVIDERS = {
 @every_objective
 def test_a_missing_label_is_named_with_what_provides_it(theta, objective):
     student, labels = visited(theta)
-    assert needs(objective)
-    for name in needs(objective):
-        known = {other: value for other, value in labels.known().items() if other != name}
+    assert labels_of(objective)
+    for name in labels_of(objective):
+        known = {other: value for other, value in labels.present().items() if other != name}
         with pytest.raises(ValueError, match=f"needs labels.{name}, which nothing provided; .*{PROVIDERS[name]}"):
             objective.loss(student, Labels(**known))
 
@@ -344,7 +344,7 @@ def test_a_missing_label_is_named_with_what_provides_it(theta, objective):
 @every_objective
 def test_an_objective_reads_only_the_labels_that_it_names(theta, objective):
     student, labels = visited(theta)
-    named = {name: value for name, value in labels.known().items() if name in needs(objective)}
+    named = {name: value for name, value in labels.present().items() if name in labels_of(objective)}
     objective.loss(student, Labels(**named))
 
 

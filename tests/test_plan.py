@@ -88,7 +88,7 @@ def test_a_forward_of_the_medium_model_at_512_pixels_is_2_22_tflop():
 
 
 def test_static_memory_stays_below_six_gigabytes(planned):
-    weights_and_optimizer = {name: size for name, size in planned.always.items() if name != "autoencoder"}
+    weights_and_optimizer = {name: size for name, size in planned.resident.items() if name != "autoencoder"}
     positions = 384 * 384 * 1536 * 2
     assert weights_and_optimizer == {
         "frozen transformer": 2 * 2_243_171_520 + positions,
@@ -103,13 +103,14 @@ def test_static_memory_stays_below_six_gigabytes(planned):
 
 
 def test_a_further_teacher_takes_at_most_80_megabytes(planned):
-    assert 0 < planned.always["weights of teacher-ocr"] <= 80e6
+    assert 0 < planned.resident["weights of teacher-ocr"] <= 80e6
 
 
 def test_a_run_with_checkpointing_fits_24_gigabytes(planned):
-    checkpointed = planned.static() + planned.besides["activations, checkpointed"] + planned.step["trajectories"]
-    assert max(checkpointed, planned.static() + max(planned.moments.values())) <= 24e9
-    assert planned.besides["activations, kept"] > 24e9
+    activations = planned.for_comparison["activations, checkpointed"]
+    checkpointed = planned.static() + activations + planned.training["trajectories"]
+    assert max(checkpointed, planned.static() + max(planned.transient.values())) <= 24e9
+    assert planned.for_comparison["activations, kept"] > 24e9
 
 
 def test_forwards_are_those_of_the_released_sizes(planned):
@@ -211,13 +212,13 @@ def test_a_plan_knows_the_adapters_that_are_here(tiny_pipeline, tmp_path):
     policy = tiny.policy(OPDStudent, tiny_pipeline, start=Merge(folders))
     callbacks = [TeacherCallback(["red"], LoRATeacher(folders[0])), AnchorCallback(BaseTeacher()), EMA()]
     made = plan(policy, tiny.data(), callbacks, Hardware())
-    per_rank = made.always["weights of teacher-red"] / 2
-    assert made.always["adapter of the student"] == made.always["EMA"] == 6 * per_rank
+    per_rank = made.resident["weights of teacher-red"] / 2
+    assert made.resident["adapter of the student"] == made.resident["EMA"] == 6 * per_rank
     assert per_rank == 4 * sum(
         sum(p.shape) - 1 for p in adapter_parameters(Shapes(policy.backbone).adapted(LoRASpec(1)), "student")
     )
     assert made.notes == []
-    assert "weights of anchor" not in made.always
+    assert "weights of anchor" not in made.resident
 
 
 def test_the_optimiser_is_measured_not_guessed(tiny_pipeline):
@@ -235,7 +236,7 @@ def test_sharding_divides_weights_over_the_ranks(tiny_pipeline):
     whole = plan(policy, tiny.data(), callbacks, Hardware(ranks=2))
     parts = plan(policy, tiny.data(), callbacks, Hardware(ranks=2, sharded=True))
     for name in ("frozen transformer", "optimiser", "gradients"):
-        assert parts.always[name] == whole.always[name] / 2
+        assert parts.resident[name] == whole.resident[name] / 2
     assert parts.forwards == whole.forwards
 
 
@@ -271,7 +272,7 @@ def test_a_plan_is_shown_with_every_part(planned, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     show_plan(planned, Hardware(), costs.Speed(0.01, 0.03))
     shown = capsys.readouterr().out
-    for name in [*planned.always, *planned.step, *planned.moments, *planned.forwards]:
+    for name in [*planned.resident, *planned.training, *planned.transient, *planned.forwards]:
         assert name in shown
     assert "nobody/nothing is not here; taken for one of rank 32" in shown
     assert f"{seconds(planned.forwards, costs.Speed(0.01, 0.03)):.1f} s" in shown

@@ -87,7 +87,7 @@ def test_log_probs_are_those_of_scoring_the_states_again(dynamics):
     sampler = Sampler(5, dynamics=dynamics)
     drawn = rollout(sampler)
     for j in sampler.trained_steps():
-        batch = sampler.at(drawn.latents[:, j], j, COND, ["red"] * 4)
+        batch = sampler.batch_at(drawn.latents[:, j], j, COND, ["red"] * 4)
         step = sampler.transition(batch, swirl(batch.x, batch.sigma, COND))
         assert torch.equal(step.log_prob(drawn.latents[:, j + 1]), drawn.log_probs[:, j])
         assert torch.equal(step.velocity, drawn.velocities[:, j])

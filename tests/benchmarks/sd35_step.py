@@ -244,7 +244,7 @@ def report(options: argparse.Namespace, clock: Clock, planned: Plan) -> dict:
         "tflop": flop / 1e12,
         "tflop_per_second": flop / 1e12 / clock.total,
         "static_gb": clock.static / 1e9 if on_gpu else None,
-        "static_gb_planned": (planned.static() - planned.always["autoencoder"]) / 1e9,
+        "static_gb_planned": (planned.static() - planned.resident["autoencoder"]) / 1e9,
         "peak_gb": peak / 1e9,
     }
     show(found)

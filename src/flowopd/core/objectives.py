@@ -49,7 +49,7 @@ class Labels:
     kl_to_go: Tensor | None = None
     weight: Tensor | None = None
 
-    def known(self) -> dict[str, Tensor]:
+    def present(self) -> dict[str, Tensor]:
         """The labels that are known."""
         facts = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in facts.items() if value is not None}
@@ -89,7 +89,7 @@ class TransitionKL:
 
     def loss(self, student: Transition, labels: Labels) -> tuple[Tensor, Metrics]:
         """Return the weighted distance to ``labels.target``."""
-        distance = squared_error(student, known(labels.target, "target"))
+        distance = squared_error(student, required(labels, "target"))
         loss = (self.weighting.weight(student) * distance).mean()
         return loss, {"distill/loss": loss.detach(), "distill/velocity_mse": distance.detach().mean()}
 
@@ -107,7 +107,7 @@ class FlowMatching:
 
     def loss(self, student: Transition, labels: Labels) -> tuple[Tensor, Metrics]:
         """Return the mean squared distance to ``labels.target`` = noise - clean."""
-        error = squared_error(student, known(labels.target, "target"))
+        error = squared_error(student, required(labels, "target"))
         loss = error.mean() if labels.weight is None else (labels.weight.detach() * error).mean()
         return loss, {"flow_matching/loss": loss.detach()}
 
@@ -134,7 +134,7 @@ class ClippedSurrogate:
 
     def loss(self, student: Transition, labels: Labels) -> tuple[Tensor, Metrics]:
         """Return the surrogate of ``labels.advantage``."""
-        return surrogate(student, labels, known(labels.advantage, "advantage"), self.clip_range, "policy")
+        return surrogate(student, labels, required(labels, "advantage"), self.clip_range, "policy")
 
 
 class LogRatioSurrogate:
@@ -156,8 +156,8 @@ class LogRatioSurrogate:
 
     def loss(self, student: Transition, labels: Labels) -> tuple[Tensor, Metrics]:
         """Return the surrogate of the log-ratio to ``labels.target``."""
-        teacher = student.detach().shifted_to(known(labels.target, "target").detach())
-        x_next, log_prob_old = known(labels.x_next, "x_next"), known(labels.log_prob_old, "log_prob_old")
+        teacher = student.detach().shifted_to(required(labels, "target").detach())
+        x_next, log_prob_old = required(labels, "x_next"), required(labels, "log_prob_old")
         advantage = dimensions(student) * (teacher.log_prob(x_next) - log_prob_old)
         return surrogate(student, labels, advantage, self.clip_range, "distill")
 
@@ -182,7 +182,7 @@ class ReturnToGo:
 
     def loss(self, student: Transition, labels: Labels) -> tuple[Tensor, Metrics]:
         """Return the surrogate of ``-labels.kl_to_go``."""
-        advantage = -dimensions(student) * known(labels.kl_to_go, "kl_to_go")
+        advantage = -dimensions(student) * required(labels, "kl_to_go")
         loss, metrics = surrogate(student, labels, advantage, self.clip_range, "return_to_go")
         if self.pathwise is None:
             return loss, metrics
@@ -211,7 +211,7 @@ class StateRewardSurrogate:
 
     def loss(self, student: Transition, labels: Labels) -> tuple[Tensor, Metrics]:
         """Return the surrogate of ``-labels.state_kl``."""
-        return surrogate(student, labels, -known(labels.state_kl, "state_kl"), self.clip_range, "state_reward")
+        return surrogate(student, labels, -required(labels, "state_kl"), self.clip_range, "state_reward")
 
 
 class ReleasedKL:
@@ -240,7 +240,7 @@ class ReleasedKL:
 
     def loss(self, student: Transition, labels: Labels) -> tuple[Tensor, Metrics]:
         """Return the outer-product surrogate."""
-        distance = squared_error(student, known(labels.target, "target"))
+        distance = squared_error(student, required(labels, "target"))
         kl = (self.weighting.weight(student) * distance).clamp(max=self.advantage_clip)
         ratio, _ = importance_ratio(student, labels)
         gain = torch.minimum(outer(-kl, ratio), outer(-kl, clipped(ratio, self.clip_range)))
@@ -265,19 +265,19 @@ class Anchored:
 
     def __init__(self, objective: Objective, strength: float = 0.02, weighting: Weighting | None = None) -> None:
         self.objective = objective
-        self.needs = needs(objective) | {"anchor"}
+        self.needs = labels_of(objective) | {"anchor"}
         self.strength = strength
         self.weighting = weighting or ExactKL()
 
     def loss(self, student: Transition, labels: Labels) -> tuple[Tensor, Metrics]:
         """Return the objective's loss plus the pull to ``labels.anchor``."""
         loss, metrics = self.objective.loss(student, labels)
-        distance = squared_error(student, known(labels.anchor, "anchor"))
+        distance = squared_error(student, required(labels, "anchor"))
         pull = (self.weighting.weight(student) * distance).mean()
         return loss + self.strength * pull, metrics | {"anchor/loss": pull.detach()}
 
 
-def needs(objective: Objective) -> frozenset[str]:
+def labels_of(objective: Objective) -> frozenset[str]:
     """Names of the labels that the objective reads."""
     return frozenset(getattr(objective, "needs", frozenset()))
 
@@ -290,8 +290,8 @@ def squared_error(student: Transition, velocity: Tensor) -> Tensor:
 
 def importance_ratio(student: Transition, labels: Labels) -> tuple[Tensor, Tensor]:
     """ρ = exp(log p_θ - log p_old) and its logarithm, (B,); exactly 1 in the first update after a rollout."""
-    log_prob = student.log_prob(known(labels.x_next, "x_next"))
-    log_prob_old = known(labels.log_prob_old, "log_prob_old").detach()
+    log_prob = student.log_prob(required(labels, "x_next"))
+    log_prob_old = required(labels, "log_prob_old").detach()
     same_shape(log_prob=log_prob, log_prob_old=log_prob_old)
     log_ratio = log_prob - log_prob_old
     return torch.exp(log_ratio), log_ratio
@@ -329,12 +329,13 @@ def dimensions(student: Transition) -> int:
     return student.mean[0].numel()
 
 
-def known(label: Tensor | None, name: str) -> Tensor:
-    """The label, or a sentence that says what is missing.
+def required(labels: Labels, name: str) -> Tensor:
+    """The label of this name, or a sentence that says what is missing.
 
     Raises:
         ValueError: if nobody labelled the rollout with it.
     """
+    label: Tensor | None = getattr(labels, name)
     if label is None:
         raise ValueError(f"the objective needs labels.{name}, which nothing provided; {_PROVIDERS[name]}")
     return label

@@ -28,7 +28,7 @@ def whole(tensor: Tensor) -> Tensor:
     return gathered
 
 
-def spread(tensor: Tensor, like: Tensor) -> Tensor:
+def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
     """This rank's part of a full tensor that all ranks have, cut as ``like`` is."""
     if not isinstance(like, DTensor):
         return tensor

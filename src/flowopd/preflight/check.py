@@ -80,7 +80,7 @@ class Subject:
         """Their first states at the first trained step."""
         draw = self.first
         cond = self.policy.backbone.encode(draw.texts)
-        return self.policy.sampler.at(draw.noise.start(), draw.trained[0], cond, draw.tasks)
+        return self.policy.sampler.batch_at(draw.noise.start(), draw.trained[0], cond, draw.tasks)
 
     @cached_property
     def sampled(self) -> Transition:

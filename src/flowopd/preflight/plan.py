@@ -73,30 +73,30 @@ class Plan:
     """What a run takes on every rank.
 
     Args:
-        always: bytes on the device that are there all the time, by part.
-        step: bytes on the device while a step is trained.
-        moments: bytes on the device that come and go at other moments, one part at a time.
-        besides: bytes in main memory, and what activations would take with and without checkpointing.
+        resident: bytes on the device that are there all the time, by part.
+        training: bytes on the device while a step is trained.
+        transient: bytes on the device that come and go at other moments, one part at a time.
+        for_comparison: bytes in main memory, and what activations would take with and without checkpointing.
         forwards: rows of the transformer per optimiser step, by whose they are.
         flop: FLOP per optimiser step, by whose they are.
         notes: what was assumed.
     """
 
-    always: dict[str, float]
-    step: dict[str, float]
-    moments: dict[str, float]
-    besides: dict[str, float]
+    resident: dict[str, float]
+    training: dict[str, float]
+    transient: dict[str, float]
+    for_comparison: dict[str, float]
     forwards: dict[str, float]
     flop: dict[str, float]
     notes: list[str]
 
     def static(self) -> float:
         """Bytes of what is there all the time."""
-        return sum(self.always.values())
+        return sum(self.resident.values())
 
     def peak(self) -> float:
         """Bytes at the worst moment."""
-        return self.static() + max(sum(self.step.values()), *self.moments.values())
+        return self.static() + max(sum(self.training.values()), *self.transient.values())
 
 
 def plan(policy: FlowPolicy, data: RolloutDataModule, callbacks: Sequence[Callback], hardware: Hardware) -> Plan:
@@ -113,13 +113,13 @@ def plan(policy: FlowPolicy, data: RolloutDataModule, callbacks: Sequence[Callba
     forwards = count_forwards(policy, data, callbacks, hardware.ranks, hardware.accumulate)
     activations = {flag: cost.activations(flag) * trained_rows(policy, data) for flag in (False, True)}
     return Plan(
-        always=_always(policy, callbacks, shapes, hardware, notes),
-        step={
+        resident=_resident(policy, callbacks, shapes, hardware, notes),
+        training={
             "activations": activations[backbone.activation_checkpointing],
             "trajectories": _trajectory_bytes(policy, data, shapes, hardware),
         },
-        moments={"text encoders": sum(shapes.encoders().values())},
-        besides={
+        transient={"text encoders": sum(shapes.encoders().values())},
+        for_comparison={
             "encoded prompts of an iteration, main memory": _text_bytes(shapes) * data.prompts_per_iteration,
             "activations, kept": activations[False],
             "activations, checkpointed": activations[True],
@@ -143,7 +143,7 @@ def _flop(forwards: Mapping[str, float], cost: Cost, shapes: Shapes, checkpointi
 # -------------------------------------------------------------------------------------------------------------- memory
 
 
-def _always(
+def _resident(
     policy: FlowPolicy, callbacks: Sequence[Callback], shapes: Shapes, hardware: Hardware, notes: list[str]
 ) -> dict[str, float]:
     student = shapes.adapter_bytes(student_spec(policy, []))
@@ -244,10 +244,10 @@ def _memory_table(planned: Plan) -> Table:
     table = Table("memory of every device", "GB", title_justify="left")
     table.columns[1].justify = "right"
     sections = {
-        f"always ({_gb(planned.static())} GB)": planned.always,
-        "while a step is trained (estimate)": planned.step,
-        "at other moments, one at a time": planned.moments,
-        "for comparison, not in the sum": planned.besides,
+        f"always ({_gb(planned.static())} GB)": planned.resident,
+        "while a step is trained (estimate)": planned.training,
+        "at other moments, one at a time": planned.transient,
+        "for comparison, not in the sum": planned.for_comparison,
     }
     for title, parts in sections.items():
         table.add_row(title, "", style="bold")

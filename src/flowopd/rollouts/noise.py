@@ -43,7 +43,7 @@ class RowNoise:
         """Starting noise (B, C, H, W)."""
         return self._draw("start", self.starts, self.shape)
 
-    def twins(self) -> tuple[list[int], list[int]]:
+    def shared_starts(self) -> tuple[list[int], list[int]]:
         """The first row of every starting noise, and for all B rows the index of their own among these."""
         order = {key: index for index, key in enumerate(dict.fromkeys(self.starts))}
         return [list(self.starts).index(key) for key in order], [order[key] for key in self.starts]

@@ -78,7 +78,7 @@ class Sampler:
         """The states (B, C, H, W) after step ``step``: sampled where it injects noise, else the mean."""
         return transition.sample(noise.step(step)) if bool(self.noisy()[step]) else transition.mean
 
-    def at(self, x: Tensor, step: int, cond: Conditioning, tasks: Sequence[str]) -> StepBatch:
+    def batch_at(self, x: Tensor, step: int, cond: Conditioning, tasks: Sequence[str]) -> StepBatch:
         """States x (B, C, H, W) before step ``step``."""
         sigmas, noisy, rows = self.sigmas().to(x.device), self.noisy().to(x.device), (len(x),)
         return StepBatch(
@@ -109,12 +109,12 @@ class Sampler:
             branching: rows of one starting noise are siblings, one trajectory until the first noisy step, and computed
                 once until there; the field must treat all rows alike.
         """
-        trunk = _once_per_twin(field, noise) if branching else field
+        trunk = _once_per_start(field, noise) if branching else field
         x = noise.start()
         tasks = [prompt.task for prompt in prompts]
         latents, velocities, log_probs = [x], [], []
         for j in range(self.num_steps):
-            batch = self.at(x, j, cond, tasks)
+            batch = self.batch_at(x, j, cond, tasks)
             velocity = (trunk if j < self.window[0] else field)(x, batch.sigma, cond)
             step = self.transition(batch, velocity)
             x = self.follow(step, j, noise)
@@ -141,8 +141,8 @@ class Sampler:
         return x
 
 
-def _once_per_twin(field: VelocityField, noise: RowNoise) -> VelocityField:
-    first, back = noise.twins()
+def _once_per_start(field: VelocityField, noise: RowNoise) -> VelocityField:
+    first, back = noise.shared_starts()
 
     def velocity(x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
         return field(x[first], sigma[first], cond[first])[back]

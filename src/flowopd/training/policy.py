@@ -13,7 +13,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
-from flowopd.core.objectives import Objective, needs
+from flowopd.core.objectives import Objective, labels_of
 from flowopd.evaluation import Scoreboard
 from flowopd.models import Backbone, LoRASpec, Merge
 from flowopd.models.adapters.lora import Adapter, adapter_parameters, add_adapter, attach, read_adapter, take_adapter
@@ -75,7 +75,7 @@ class FlowPolicy(LightningModule):
 
     def needs(self) -> frozenset[str]:
         """Labels that training reads."""
-        return needs(self.objective)
+        return labels_of(self.objective)
 
     def configure_model(self) -> None:
         """Load the backbone, then attach the student and every teacher, before anything wraps or shards it."""
@@ -129,11 +129,11 @@ class FlowPolicy(LightningModule):
     def cut(self, rollout: Rollout, draw: Draw) -> Iterator[StepBatch]:
         """Cut the rollout of a draw into one batch per trained step; its rows stay together, as they were sampled."""
         for j in draw.trained:
-            batch = self.sampler.at(rollout.latents[:, j], j, rollout.cond, draw.tasks)
+            batch = self.sampler.batch_at(rollout.latents[:, j], j, rollout.cond, draw.tasks)
             yield replace(batch, metrics=rollout.metrics).label(
                 x_next=rollout.latents[:, j + 1],
                 log_prob_old=rollout.log_probs[:, j],
-                **{name: value[:, j] for name, value in rollout.labels.known().items()},
+                **{name: value[:, j] for name, value in rollout.labels.present().items()},
             )
 
     def training_step(self, batch: StepBatch, batch_idx: int) -> Tensor:

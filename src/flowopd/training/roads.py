@@ -92,7 +92,7 @@ class Fused:
 
         x = draw.noise.start()
         for j in range(max(draw.trained) + 1):  # what follows the last trained state is not needed
-            batch, taken = sampler.at(x, j, cond, draw.tasks), _Taken()
+            batch, taken = sampler.batch_at(x, j, cond, draw.tasks), _Taken()
             if j in draw.trained:
                 with sampling(policy):
                     labelled = policy.signals.label_states(batch, needs)

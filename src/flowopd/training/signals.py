@@ -309,7 +309,7 @@ class Signals:
         targets = torch.zeros_like(rollout.velocities)
         tasks = [prompt.task for prompt in rollout.prompts]
         for j in sampler.trained_steps():
-            batch = sampler.at(rollout.latents[:, j], j, rollout.cond, tasks)
+            batch = sampler.batch_at(rollout.latents[:, j], j, rollout.cond, tasks)
             targets[:, j] = self.router.velocity(batch.x, batch.sigma, batch.cond, tasks)
             kl[:, j] = _step_kl(sampler.transition(batch, rollout.velocities[:, j]), targets[:, j])
         to_go = kl.flip(1).cumsum(1).flip(1) - kl

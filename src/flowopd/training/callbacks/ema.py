@@ -11,7 +11,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
-from flowopd.models.shards import spread, whole
+from flowopd.models.shards import shard_like, whole
 from flowopd.training.checkpoints import AVERAGE
 
 
@@ -43,7 +43,7 @@ class EMA(Callback):
         self._model = EMAModel(parameters, decay=self.decay)
         if self._restored is not None:
             self._model.load_state_dict(self._restored)
-            self._model.shadow_params = list(map(spread, self._model.shadow_params, parameters))
+            self._model.shadow_params = list(map(shard_like, self._model.shadow_params, parameters))
             self._step = self._model.optimization_step * self.every
         self._model.to(pl_module.device)
 

@@ -114,6 +114,18 @@ def test_what_is_no_file_is_named(tmp_path):
         PromptFile(str(tmp_path / "huge.txt"), "draw")
 
 
+def signed(text: str) -> Prompt:
+    return Prompt(text, "ocr", {"target": text})
+
+
+def test_a_file_does_not_take_back_the_text_that_its_prompt_says(tmp_path):
+    line = '{"prompt": "open", "target": null}'
+    with pytest.raises(ValueError, match=r"line 1 of .*: target is null; its text says 'open'"):
+        PromptFile(file(tmp_path, "p.jsonl", line), "ocr", signed)
+    (prompt,) = PromptFile(file(tmp_path, "p.jsonl", line.replace("null", '"shut"')), "ocr", signed).prompts
+    assert prompt.metadata == {"target": "shut"}
+
+
 def quarrelsome(text: str) -> Prompt:
     return {"a dog": Prompt("a dog", "any"), "nothing": None}[text]
 

@@ -11,6 +11,7 @@ from benchmarks.ocr import STYLES, rendered
 from jsonargparse import ArgumentParser
 
 from flowopd.prompts import OCRPrompts
+from flowopd.prompts.ocr import letters
 from flowopd.records import Prompt
 from flowopd.rewards import OCR, DetailedReward, Reward, ocr
 from flowopd.rewards.ocr import closeness
@@ -40,6 +41,48 @@ def written(monkeypatch):
         monkeypatch.setattr(ocr, "_engine", lambda: engine)
 
     return say
+
+
+SAME = {  # to a reader
+    "E\u0301TE\u0301": "été",  # an accent of its own
+    "STRASSE": "Straße",
+    "\uff2f\uff30\uff25\uff2e\uff01": "open!",  # of full width
+    "oﬃce": "office",
+    "ΛΕΣ": "λες",  # a sigma at the end of a word
+    "½ price": "1/2 price",
+    "CO₂": "co2",
+    "Wait…": "wait...",
+    "open\u00a0daily": "open daily",
+    "o\u200bpen\ufeff": "open",
+    "don\u2019t": "don't",
+    "“now”": '"now"',
+    "9–5": "9-5",
+}
+
+
+@pytest.mark.parametrize(("found", "target"), SAME.items(), ids=SAME.values())
+def test_what_a_reader_calls_the_same_text_is_the_same(written, found, target):
+    for read, asked in ((found, target), (target, found)):
+        written((read,))
+        scores = OCR().detail(blank(), [Prompt("a sign", "ocr", {"target": asked})])
+        assert (scores.value.item(), scores.parts["exact"].item()) == (1, 1)
+
+
+@pytest.mark.parametrize(("found", "target"), [("cafe", "café"), ("0pen", "open"), ("ratón", "raton"), ("1,5", "1.5")])
+def test_what_a_reader_tells_apart_is_not_the_same(written, found, target):
+    written((found,))
+    assert OCR().score(blank(), [asking(target)]).item() == pytest.approx(1 - 1 / len(target))
+
+
+def test_ascii_is_compared_as_published():
+    text = "".join(map(chr, range(128)))
+    assert letters(text) == text.replace(" ", "").lower()
+
+
+@pytest.mark.parametrize("target", [None, ["open"], 2024, {"text": "open"}, True], ids=repr)
+def test_a_target_that_is_no_text_is_refused(target):
+    with pytest.raises(ValueError, match=r"target of prompt 'a sign' is .*; expected a text, or no 'target' at all"):
+        OCR().score(blank(), [Prompt("a sign", "ocr", {"target": target})])
 
 
 @pytest.mark.parametrize(
@@ -151,7 +194,7 @@ def test_workers_change_no_number_and_a_dead_one_costs_its_batch_only(caplog):
 
 
 def test_what_cannot_be_is_refused(monkeypatch):
-    with pytest.raises(ValueError, match="expected a number of worker processes, 0 for none, got -1"):
+    with pytest.raises(ValueError, match="workers is -1; expected at least 0"):
         OCR(workers=-1)
     with pytest.raises(ValueError, match=r"expected images of shape \(B, 3, H, W\), got \(3, 8, 8\)"):
         OCR().score(torch.zeros(3, 8, 8), [asking("x")] * 3)

@@ -174,7 +174,11 @@ def _prompt(fields: dict[str, Any], task: str, parse: Callable[[str], Prompt] | 
     if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
         raise ValueError(f"{named[0]} {text!a:.80} holds what no text has; is it UTF-8?")
     facts = parse(text).metadata if parse else {}
-    return Prompt(text, task, {**facts, **{name: value for name, value in fields.items() if name != named[0]}})
+    given = {name: value for name, value in fields.items() if name != named[0]}
+    for name in facts.keys() & given.keys():
+        if isinstance(facts[name], str) and not isinstance(given[name], str):
+            raise ValueError(f"{name} is {json.dumps(given[name]):.80}; its text says {facts[name]!r}")
+    return Prompt(text, task, {**facts, **given})
 
 
 def jsonl(prompts: Iterable[Prompt]) -> str:

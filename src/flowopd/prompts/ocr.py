@@ -4,12 +4,14 @@ import json
 import random
 import re
 from pathlib import Path
+from unicodedata import category, normalize
 
 from flowopd.core.ranges import at_least
 from flowopd.prompts import splits
 from flowopd.prompts.splits import Split, check_split, other
 from flowopd.records import Prompt
 
+ALIKE = str.maketrans("‘’‚‛′“”„‟‐‒–—―−⁄", "'''''\"\"\"\"------/")  # noqa: RUF001 - to a reader
 LENGTHS = range(2, 28)  # characters of a text
 WORDS: dict[str, list[str]] = json.loads(Path(__file__).with_name("ocr_words.json").read_text(encoding="utf-8"))
 
@@ -58,8 +60,16 @@ def split_of(target: str) -> Split:
 
 
 def letters(text: str) -> str:
-    """Text as it is compared: lower case, without spaces."""
-    return text.replace(" ", "").lower()
+    r"""Text as it is compared: what a reader would call the same is the same.
+
+    Without case and spaces, as published; beyond ASCII also however its letters are encoded (NFKC), without what cannot
+    be seen, and with one kind of quotation marks and of dashes.
+
+    >>> letters("CAFE\u0301 ½") == letters("café 1/2") != letters("cafe 1/2")
+    True
+    """
+    text = normalize("NFKC", normalize("NFKC", text).casefold())
+    return "".join(letter for letter in text if letter != " " and category(letter) != "Cf").translate(ALIKE)
 
 
 def target_of(prompt: Prompt) -> str:
@@ -68,10 +78,12 @@ def target_of(prompt: Prompt) -> str:
     A span in straight double quotes comes before one in curly ones.
 
     Raises:
-        ValueError: if there is none, or nothing but spaces.
+        ValueError: if there is none, nothing but spaces, or no text.
     """
     quoted = re.search(r'"([^"]*)"', prompt.text) or re.search("“([^”]*)”", prompt.text)
-    target = str(prompt.metadata.get("target", quoted[1] if quoted else ""))
+    target = prompt.metadata.get("target", quoted[1] if quoted else "")
+    if not isinstance(target, str):
+        raise ValueError(f"target of prompt {prompt.text!r} is {target!r}; expected a text, or no 'target' at all")
     if not letters(target):
         raise ValueError(
             f"prompt {prompt.text!r} asks for no text; write it in double quotes, or give a metadata 'target'"

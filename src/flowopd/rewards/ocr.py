@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flowopd.core.ranges import at_least
 from flowopd.prompts.ocr import letters, target_of
 from flowopd.records import Prompt
 from flowopd.rewards.base import Scores, as_bytes
@@ -34,9 +35,9 @@ SETTINGS = {
 class OCR:
     """Closeness of the text in the picture to the text that was asked for,  r = 1 - min(d, n) / n,  in [0, 1].
 
-    n is the length of the target and d its edit distance to everything read, in reading order, both in lower case and
-    without spaces; d = 0 if the target stands somewhere in what was read. Parts: ``exact``, 1 if both are equal, and
-    ``no_substring``, r without the bonus for standing somewhere, which a picture full of text could earn.
+    n is the length of the target and d its edit distance to everything read, in reading order, both without case and
+    spaces (``prompts.ocr.letters``); d = 0 if the target stands somewhere in what was read. Parts: ``exact``, 1 if both
+    are equal, and ``no_substring``, r without the bonus for standing somewhere, which a page full of text could earn.
 
     The target is ``target`` of the prompt's metadata, else the first span of the prompt in double quotes.
 
@@ -50,8 +51,7 @@ class OCR:
     """
 
     def __init__(self, workers: int = 0) -> None:
-        if workers < 0:
-            raise ValueError(f"expected a number of worker processes, 0 for none, got {workers}")
+        at_least(0, workers=workers)
         if missing := [name for name in ("rapidocr", "onnxruntime") if not find_spec(name)]:
             raise ImportError(f'the OCR reward needs {" and ".join(missing)}; pip install "flowopd[ocr]"')
         self.workers = workers
@@ -65,7 +65,7 @@ class OCR:
         """Score as ``score`` does, with the parts ``exact`` and ``no_substring``.
 
         Raises:
-            ValueError: if a prompt asks for no text.
+            ValueError: if a prompt asks for no text, or for something else.
         """
         images = as_bytes(images, prompts)
         targets = [letters(target_of(prompt)) for prompt in prompts]

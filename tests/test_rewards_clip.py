@@ -406,6 +406,16 @@ def test_pixels_are_those_of_the_published_transform_within_a_level(size):
     assert levels.abs().mean() < 0.1
 
 
+@pytest.mark.parametrize("resize", ["bicubic", "bilinear"])
+def test_clipscore_resizes_as_it_says(resize, weights):
+    """Bilinearly as Flow-GRPO's scorer, which resizes floats; here they are bytes, two levels apart at most."""
+    images = pictures(64, 2, 48)
+    small = Compose([Resize(SIDE, InterpolationMode(resize)), CenterCrop(SIDE)])(images / 255)
+    assert (cropped(images, SIDE, resize) - standard(255 * small)).abs().max() * min(OPENAI_DATASET_STD) < 2 / 255
+    scores = build("CLIPScore", weights, resize=resize).score(images, PROMPTS[:2])
+    torch.testing.assert_close(scores, true_clipscore(weights, 255 * small, PROMPTS[:2])[0], atol=2e-3, rtol=0)
+
+
 def test_a_padded_image_is_whole_and_centred_on_black():
     images = pictures(20, 2, 40)
     pixels = padded(images, SIDE)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, Literal
 from weakref import WeakValueDictionary
 
 import open_clip
@@ -21,18 +21,21 @@ OPENAI_L14 = "timm/vit_large_patch14_clip_224.openai"
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}  # in half precision, norms stay float32
 
+Resize = Literal["bicubic", "bilinear"]
 
-def cropped(images: Tensor, size: int) -> Tensor:
-    """Short side to ``size``, bicubic with antialiasing, then the middle square.
+
+def cropped(images: Tensor, size: int, resize: Resize = "bicubic") -> Tensor:
+    """Short side to ``size``, antialiased, then the middle square.
 
     Args:
         images: (B, 3, H, W) uint8.
         size: side in pixels.
+        resize: what is put between pixels.
 
     Returns:
         (B, 3, size, size) float32, with CLIP's mean and deviation taken out.
     """
-    small = vision.resize(images, [size], interpolation=InterpolationMode.BICUBIC, antialias=True)
+    small = vision.resize(images, [size], interpolation=InterpolationMode(resize), antialias=True)
     return _standard(vision.center_crop(small, [size, size]))
 
 

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from flowopd.records import Prompt
 from flowopd.rewards.base import Scores
-from flowopd.rewards.clip import CLIP, OPENAI_L14, cropped, shared_clip
-from flowopd.rewards.model import ModelReward, Precision
+from flowopd.rewards.clip import CLIP, OPENAI_L14, Resize, cropped, shared_clip
+from flowopd.rewards.model import ModelReward, Precision, check_choice
 
 
 class CLIPScore(ModelReward):
@@ -20,6 +20,8 @@ class CLIPScore(ModelReward):
     Args:
         clip: folder of OpenAI's CLIP in open_clip's layout, or its id on the hub.
         clip_revision: branch, tag or commit on the hub.
+        resize: ``bicubic``, as CLIP was trained and as CLIPScore is defined, or ``bilinear``, as Flow-GRPO's released
+            scorer shows it images.
         dtype: what the network computes in; 0.9 GB of weights in half precision, twice that in float32.
         batch_size: images per forward.
         offload: keep the weights on the CPU between uses.
@@ -32,6 +34,7 @@ class CLIPScore(ModelReward):
         self,
         clip: str = OPENAI_L14,
         clip_revision: str | None = None,
+        resize: Resize = "bicubic",
         dtype: Precision = "float32",
         batch_size: int = 16,
         offload: bool = False,
@@ -39,6 +42,8 @@ class CLIPScore(ModelReward):
         super().__init__(batch_size, offload, dtype)
         self.clip = clip
         self.clip_revision = clip_revision
+        check_choice("resize", resize, Resize)
+        self.resize = resize
         self._clip: CLIP
 
     def read(self) -> None:
@@ -56,6 +61,6 @@ class CLIPScore(ModelReward):
 
     def forward(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
         """Each image with its own prompt."""
-        seen = self._clip.images(cropped(images, self._clip.size))
+        seen = self._clip.images(cropped(images, self._clip.size, self.resize))
         paper = 100 * (seen * self._clip.texts([prompt.text for prompt in prompts])).sum(dim=-1)
         return Scores(paper / 30, {"paper": paper})

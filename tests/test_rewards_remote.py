@@ -1,13 +1,18 @@
 """The laws of rewards that run elsewhere: the same scores, no silent zero, a server that ends when it is told to."""
 
+import asyncio
+import base64
 import json
 import logging
 import math
 import os
+import re
 import signal
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from contextlib import contextmanager, nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -23,7 +28,8 @@ from ranks import free_port
 from flowopd.cli.main import main
 from flowopd.records import Prompt
 from flowopd.rewards import RemoteReward, Scores
-from flowopd.rewards.remote.serve import read, reply
+from flowopd.rewards.remote import serve
+from flowopd.rewards.remote.serve import LIMITS, _server, read, reply
 from flowopd.tiles import Crispness
 from flowopd.training import GRPOTeacher, RewardCallback
 
@@ -184,12 +190,47 @@ def test_a_wrong_key_is_refused_and_named(server, monkeypatch):
         RemoteReward(server.url, api_key_env="NOBODY").score(pictures(1), ask("a"))
 
 
+def png(width: int, height: int, cut: int = 0) -> str:
+    """A grey PNG of any size; its pixels are missing, as far as it is large."""
+    head = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    pixels = zlib.compress(bytes(height * (width + 1)) if width * height < 1 << 25 else b"")
+    chunks = [(b"IHDR", head), (b"IDAT", pixels[: len(pixels) - cut]), (b"IEND", b"")]
+    coded = b"\x89PNG\r\n\x1a\n"
+    for kind, data in chunks:
+        coded += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    return base64.b64encode(coded).decode()
+
+
+def asked(*images: str, prompt: str = "a", **more) -> dict:
+    return {"images": list(images), "prompts": [prompt] * len(images), **more}
+
+
+def nested(depth: int) -> dict:
+    return json.loads('{"a":' * depth + "1" + "}" * depth)
+
+
+def as_bytes(request: dict) -> bytes:
+    return json.dumps(request).encode()
+
+
 BAD = {
     "no JSON": (b"{", "expected a JSON object"),
     "no object": (b"[1]", "expected a JSON object"),
     "no images": (b'{"prompts": []}', "images: Field required"),
     "no text": (b'{"images": ["a"], "prompts": [3]}', "prompts.0: Input should be a valid string"),
-    "no base64": (b'{"images": ["!"], "prompts": ["a"]}', "images.0: expected the base64 of a PNG, JPEG or WebP"),
+    "no UTF-8": (b'{"images": ["\xff"], "prompts": ["a"]}', "There was an error parsing the body"),
+    "no base64": (as_bytes(asked("!")), "images.0: expected base64, got '!'"),
+    "no ASCII": (as_bytes(asked("é")), "images.0: expected base64, got 'é'"),
+    "no picture": (as_bytes(asked("aGVsbG8=")), "images.0: expected the base64 of a PNG, JPEG or WebP"),
+    "nothing": (as_bytes(asked("")), "images.0: expected the base64 of a PNG, JPEG or WebP"),
+    "another format": (as_bytes(asked(base64.b64encode(b"BM" + bytes(60)).decode())), "images.0: expected the base64"),
+    "cut short": (as_bytes(asked(png(8, 8, cut=8))), "images.0: a broken PNG, JPEG or WebP"),
+    "no size": (as_bytes(asked(png(0, 8))), "images.0: "),
+    "large": (as_bytes(asked(png(12000, 8))), "images.0: pixels of a side: 12000; expected 4096 at most"),
+    "too large": (as_bytes(asked(png(12000, 12000))), "images.0: far more than 4096 pixels of a side"),
+    "a bomb": (as_bytes(asked(png(20000, 20000))), "images.0: far more than 4096 pixels of a side"),
+    "deep": (as_bytes(asked(png(8, 8), metadata=[nested(400)])), "metadata.0: levels of nesting: 400; expected 64"),
+    "very deep": (b'{"images": ' + b"[" * 100_000, "There was an error parsing the body"),
     "uneven": (b'{"images": ["", ""], "prompts": ["a"]}', "expected as many prompts, tasks and metadata as images"),
 }
 
@@ -199,8 +240,63 @@ def test_a_bad_request_is_one_sentence(server, case):
     body, expected = BAD[case]
     headers = KEY | {"Content-Type": "application/json"}
     answer = requests.post(f"{server.url}/v1/score", data=body, headers=headers, timeout=10)
-    assert answer.status_code == 422
+    assert answer.status_code in (400, 422)
     assert answer.json()["detail"].startswith(expected)
+    assert "0x" not in answer.text  # an address of an object
+    assert "\n" not in answer.json()["detail"]
+
+
+WITHIN_AND_BEYOND = {  # what is just within a limit, and what is beyond it
+    "images": (lambda: asked(*[png(1, 1)] * LIMITS["images"]), lambda: asked(*[png(1, 1)] * (LIMITS["images"] + 1))),
+    "side": (lambda: asked(png(LIMITS["side"], 1)), lambda: asked(png(1, LIMITS["side"] + 1))),
+    "pixels": (lambda: asked(png(8, 8)), lambda: asked(png(8, 8), png(8, 8))),
+    "prompt": (
+        lambda: asked(png(1, 1), prompt="a" * LIMITS["prompt"]),
+        lambda: asked(png(1, 1), prompt="a" * (LIMITS["prompt"] + 1)),
+    ),
+    "depth": (
+        lambda: asked(png(1, 1), metadata=[nested(LIMITS["depth"])]),
+        lambda: asked(png(1, 1), metadata=[nested(LIMITS["depth"] + 1)]),
+    ),
+    "bytes": (lambda: asked(png(1, 1)), lambda: asked(png(1, 1), prompt="a" * 4000)),
+}
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+def test_every_limit_of_the_server_holds_and_is_told(limit, monkeypatch):
+    within, beyond = WITHIN_AND_BEYOND[limit]
+    monkeypatch.setitem(LIMITS, "pixels", 64 if limit == "pixels" else LIMITS["pixels"])  # gigabytes otherwise
+    if limit == "bytes":
+        monkeypatch.setitem(LIMITS, "bytes", 1000)
+        assert posted(as_bytes(beyond())) == (413, {"detail": "Payload too large"})
+        return
+    assert len(read(within())[0]) >= 1
+    with pytest.raises(ValueError, match=rf"(^|: ){'.*'}[0-9]+; expected {LIMITS[limit]} at most$"):
+        read(beyond())
+
+
+def posted(body: bytes) -> tuple[int, dict]:
+    """Status and answer of the server's own application, with no worker behind it."""
+    options = {"accelerator": "cpu", "devices": 1, "workers_per_device": 1, "timeout": 1.0}
+    app = _server('{"class_path": "flowopd.tiles.Crispness"}', None, options).app
+    said = []
+
+    async def receive():
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def send(message):
+        said.append(message)
+
+    headers = [(b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/score", "headers": headers, "query_string": b""}
+    asyncio.run(app(scope, receive, send))
+    return said[0]["status"], json.loads(said[1]["body"])
+
+
+def test_the_page_tells_every_limit():
+    page = (Path(serve.__file__).parents[1] / "pages" / "remote.md").read_text(encoding="utf-8")
+    told = dict(re.findall(r"^\| `(\w+)` \|.* \| ([\d ]+) \|$", page, flags=re.MULTILINE))
+    assert {name: int(number.replace(" ", "")) for name, number in told.items()} == LIMITS
 
 
 def test_the_server_says_what_it_is_and_listens_to_this_machine_alone(server):
@@ -232,7 +328,10 @@ def test_a_stopped_server_leaves_no_process_and_its_client_goes_on(server, remot
         "no reward": (["--reward=flowopd.Prompt"], "flowopd.Prompt does not implement protocol Reward"),
         "option": (["--reward=flowopd.tiles.Text", "--reward.strikt=1"], "Option 'strikt' is not accepted"),
         "nothing": ([], "the following arguments are required: reward"),
-        "port": (["--reward=flowopd.tiles.Text", "--port=80"], "port 80 is out of range; expected 1024 to 65535"),
+        "port": (
+            ["--reward=flowopd.tiles.Text", "--port=80"],
+            "port is 80; expected a whole number from 1024",
+        ),
         "key": (["--reward=flowopd.tiles.Text", "--api_key_env=NOBODY"], "variable 'NOBODY', which is empty"),
     }.values(),
 )

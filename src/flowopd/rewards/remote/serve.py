@@ -7,11 +7,10 @@
     GET  /health    200 "ok", or 503 while a worker still starts
     GET  /info      {"model": {"protocol", "version", "reward"}, "server": …}
 
-A bad request is answered by 422 and one sentence.
+A bad request is answered by 422 and one sentence, one beyond ``LIMITS["bytes"]`` by 413.
 """
 
 import base64
-import binascii
 import hmac
 import io
 import json
@@ -20,7 +19,9 @@ import multiprocessing
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
@@ -32,13 +33,21 @@ from jsonargparse.typing import PositiveFloat, PositiveInt
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from flowopd.core.ranges import within
 from flowopd.records import Prompt
 from flowopd.rewards.base import Reward, Scores, detailed
 from flowopd.rewards.remote.client import PROTOCOL, VERSION
 from flowopd.rewards.remote.http import key_in
 
-LARGEST = 4096  # pixels of a side
-PAYLOAD = 1 << 29  # bytes of a request
+LIMITS = {  # of a request
+    "bytes": 1 << 29,
+    "images": 1024,
+    "side": 4096,  # pixels, of an image
+    "pixels": 1 << 27,  # of all images
+    "prompt": 1 << 16,  # characters
+    "depth": 64,  # of metadata
+}
+FORMATS = ("PNG", "JPEG", "WEBP")
 
 
 @dataclass(frozen=True)
@@ -78,25 +87,66 @@ def read(payload: dict[str, Any]) -> tuple[Tensor, list[Prompt]]:
             f"expected as many prompts, tasks and metadata as images, and one at least, got {count} images, "
             f"{len(request.prompts)} prompts, {len(tasks)} tasks and {len(metadata)} metadata"
         )
+    _at_most("images", count, "images")
+    for number, (prompt, facts) in enumerate(zip(request.prompts, metadata, strict=True)):
+        _at_most("prompt", len(prompt), f"prompts.{number}: characters")
+        _at_most("depth", _depth(facts), f"metadata.{number}: levels of nesting")
     return _pictures(request.images), list(map(Prompt, request.prompts, tasks, metadata))
 
 
+def _at_most(limit: str, found: int, what: str) -> None:
+    if found > LIMITS[limit]:
+        raise ValueError(f"{what}: {found}; expected {LIMITS[limit]} at most")
+
+
+def _depth(value: object) -> int:
+    """How deeply lists and objects are nested; without recursion, which has a limit of its own."""
+    level, depth = [value], 0
+    while level := [inner for outer in level for inner in _inside(outer)]:
+        depth += 1
+    return depth
+
+
+def _inside(value: object) -> Collection[object]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+
+
 def _pictures(images: Sequence[str]) -> Tensor:
-    pictures = [_picture(number, text) for number, text in enumerate(images)]
-    if len(sizes := {picture.shape[1:] for picture in pictures}) > 1:
-        raise ValueError(f"expected images of one size, got {sorted(map(tuple, sizes))}")
-    return torch.stack(pictures).float() / 255
+    """Images (B, 3, H, W) in [0, 1]; all sizes are known before any pixel is read."""
+    opened = [_opened(number, text) for number, text in enumerate(images)]
+    if len(sizes := {image.size for image in opened}) > 1:
+        raise ValueError(f"expected images of one size, got {sorted(sizes)} (width, height)")
+    _at_most("pixels", sum(image.width * image.height for image in opened), "images: pixels in all")
+    return torch.stack([_pixels(number, image) for number, image in enumerate(opened)]).float() / 255
 
 
-def _picture(number: int, text: str) -> Tensor:
-    """One image (3, H, W) uint8."""
+def _opened(number: int, text: str) -> Image.Image:
     try:
-        with Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=("PNG", "JPEG", "WEBP")) as image:
-            if max(image.size) > LARGEST:
-                raise ValueError(f"images.{number}: {image.size} pixels; expected {LARGEST} a side at most")
-            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-    except (binascii.Error, UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise ValueError(f"images.{number}: expected the base64 of a PNG, JPEG or WebP ({error})") from error
+        data = io.BytesIO(base64.b64decode(text, validate=True))
+    except ValueError:
+        raise ValueError(f"images.{number}: expected base64, got {text[:20]!r}") from None
+    with _whole(number), warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
+        image = Image.open(data, formats=FORMATS)
+    _at_most("side", max(image.size), f"images.{number}: pixels of a side")
+    return image
+
+
+def _pixels(number: int, image: Image.Image) -> Tensor:
+    """One image (3, H, W) uint8."""
+    with _whole(number):
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+@contextmanager
+def _whole(number: int) -> Iterator[None]:
+    try:
+        yield
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # Pillow's own guard
+        raise ValueError(f"images.{number}: far more than {LIMITS['side']} pixels of a side") from None
+    except UnidentifiedImageError:  # its words name an object of Python
+        raise ValueError(f"images.{number}: expected the base64 of a PNG, JPEG or WebP") from None
+    except Exception as error:  # a broken picture raises many kinds
+        raise ValueError(f"images.{number}: a broken PNG, JPEG or WebP ({error})") from error
 
 
 def reply(scores: Scores, name: str) -> dict[str, Any]:
@@ -205,7 +255,8 @@ def _server(config: str, key: str | None, options: dict[str, Any]) -> Any:  # no
     from litserve import LitServer
 
     described = {"protocol": PROTOCOL, "version": VERSION, "reward": _name(config)}
-    server = LitServer(api, max_payload_size=PAYLOAD, model_metadata=described, disable_openapi_url=True, **options)
+    options |= {"max_payload_size": LIMITS["bytes"], "model_metadata": described}
+    server = LitServer(api, disable_openapi_url=True, **options)
     server.app.add_exception_handler(RequestValidationError, _refuse)
     server.uvicorn_graceful_timeout = 5
     return server
@@ -266,8 +317,7 @@ def _check_free(host: str, port: int) -> None:
         ValueError: if it is out of range.
         OSError: if it is taken.
     """
-    if not 1024 <= port <= 65535:
-        raise ValueError(f"port {port} is out of range; expected 1024 to 65535")
+    within(1024, 65535, port=port)
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -31,7 +31,7 @@ _HOMES = {
     "flowopd.preflight": ("SelfCheck",),
     "flowopd.models": ("AdapterSource", "LoRASpec", "Merge", "SD3Backbone"),
     "flowopd.teachers": ("BaseTeacher", "FullTeacher", "LoRATeacher", "Router", "Teacher"),
-    "flowopd.rollouts": ("RowNoise", "Sampler"),
+    "flowopd.rollouts": ("BetaSteps", "RowNoise", "Sampler", "SpreadSteps"),
     "flowopd.rewards": ("Reward",),
     "flowopd.prompts": ("GenEvalPrompts", "OCRPrompts", "PromptFile", "PromptSource"),
     "flowopd.records": ("Conditioning", "Prompt", "Rollout", "StepBatch"),

@@ -111,6 +111,7 @@ class StepBatch:
         tasks: B task names.
         labels: what is known about the states, each (B, ...).
         metrics: scalars to log with this batch.
+        counts: what the loss of this step counts among those of its rollout, 1 on average.
         advance: on the fused road, called with the student's detached transition; it moves the trajectory on.
     """
 
@@ -122,6 +123,7 @@ class StepBatch:
     tasks: Sequence[str]
     labels: Labels = field(default_factory=Labels)
     metrics: Mapping[str, float] = field(default_factory=dict)
+    counts: float = 1.0
     advance: Callable[[Transition], None] | None = None
 
     def label(self, **facts: Tensor) -> StepBatch:

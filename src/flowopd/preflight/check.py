@@ -80,7 +80,7 @@ class Subject:
         """Their first states at the first trained step."""
         draw = self.first
         cond = self.policy.backbone.encode(draw.texts)
-        return self.policy.sampler.batch_at(draw.noise.start(), draw.trained[0], cond, draw.tasks)
+        return self.policy.sampler.batch_at(draw.noise.start(), min(draw.trained), cond, draw.tasks)
 
     @cached_property
     def sampled(self) -> Transition:
@@ -232,7 +232,7 @@ def _difference(subject: Subject, name: str, teacher: Teacher) -> str:
 def ratio_is_one(subject: Subject) -> str:
     """ρ = p_θ(x'|x) / p_old(x'|x) at the first update, when θ is what sampled."""
     old, new, draw = subject.sampled, subject.trained, subject.first
-    x_next = old.sample(draw.noise.step(draw.trained[0]))
+    x_next = old.sample(draw.noise.step(min(draw.trained)))
     off = float((torch.exp(new.log_prob(x_next) - old.log_prob(x_next)) - 1).abs().max())
     apart = float((new.velocity - old.velocity).abs().max())
     if not off <= 1e-6:

@@ -20,6 +20,9 @@ from flowopd.training.policy import FlowPolicy
 from flowopd.training.rollout_data import RolloutDataModule
 from flowopd.training.signals import AnchorCallback, RewardCallback, TeacherCallback
 
+DRAWS = 50
+"""Iterations that are counted where every rollout draws its trained steps."""
+
 TRAINED, SAMPLED, DECODED = "student, trained", "student, rollout", "pictures decoded"
 
 
@@ -37,6 +40,7 @@ def count_forwards(
     policy.log_dict = _say_nothing  # type: ignore[method-assign]
     connect(policy, data, _counting(callbacks, counts), accumulate)
     turns = sum(data.mixture.ratio.values()) if data.mixture.alternate else 1
+    turns *= 1 if policy.sampler.steps is None else DRAWS  # a rollout stops at its last trained state, wherever that is
     updates = 0
     for _ in range(turns):
         batches = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from flowopd.records import Prompt
@@ -16,12 +16,12 @@ class Draw:
     Args:
         prompts: B prompts; siblings stand next to each other.
         noise: of B rows.
-        trained: indices of the trained steps, ascending.
+        trained: the trained steps, ascending, and what the loss of each counts among those of the rollout.
     """
 
     prompts: Sequence[Prompt]
     noise: RowNoise
-    trained: Sequence[int]
+    trained: Mapping[int, float]
 
     def __getitem__(self, rows: slice) -> Draw:
         """Some of the rows, with the same noise as among all."""

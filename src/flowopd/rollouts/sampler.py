@@ -10,7 +10,8 @@ from torch import Tensor
 from flowopd.core.dynamics import ODE, Dynamics, FlowSDE, Transition
 from flowopd.core.schedules import Schedule, ShiftedSchedule
 from flowopd.records import Conditioning, Prompt, Rollout, StepBatch
-from flowopd.rollouts.noise import RowNoise
+from flowopd.rollouts.noise import RowNoise, generator
+from flowopd.rollouts.steps import Steps
 
 
 class VelocityField(Protocol):
@@ -29,8 +30,9 @@ class Sampler:
         schedule: the grid of noise levels; default: SD3's, shifted by 3.
         dynamics: how a noisy step moves; default: Flow-SDE at level 0.7.
         window: [first, last) steps that inject noise; the others follow the ODE. Default: all but the last.
-        trained: [first, last) steps that are trained on. Default: the window, and if the dynamics is the ODE all but
+        trained: [first, last) steps that may be trained on. Default: the window, and if the dynamics is the ODE all but
             the last.
+        steps: which of these are trained in one rollout, drawn anew for each. Default: all of them.
         eval_steps: steps of the ODE when drawing for evaluation; default: as many as in a rollout.
         guidance_scale: s of the policy, in rollouts, training and evaluation alike.
 
@@ -45,6 +47,7 @@ class Sampler:
         dynamics: Dynamics | None = None,
         window: tuple[int, int] | None = None,
         trained: tuple[int, int] | None = None,
+        steps: Steps | None = None,
         eval_steps: int | None = None,
         guidance_scale: float = 1.0,
     ) -> None:
@@ -53,6 +56,9 @@ class Sampler:
         self.dynamics = dynamics or FlowSDE()
         self.window = _checked_window("window", window or (0, num_steps - 1), num_steps)
         self.trained = _checked_window("trained", trained or self.window, num_steps)
+        self.steps = steps
+        if steps is not None:
+            steps.check(len(self.trained_steps()))
         self.eval_steps = eval_steps or num_steps
         self.guidance_scale = guidance_scale
 
@@ -67,8 +73,21 @@ class Sampler:
         return (steps >= self.window[0]) & (steps < self.window[1]) & stochastic
 
     def trained_steps(self) -> range:
-        """Indices of the steps that are trained on."""
+        """Indices of the steps that may be trained on."""
         return range(*self.trained)
+
+    def trained_per_rollout(self) -> int:
+        """How many of them are trained in one rollout."""
+        return len(self.trained_steps()) if self.steps is None else self.steps.count
+
+    def draw_steps(self, key: object) -> dict[int, float]:
+        """The steps that a rollout is trained on, in order, and what the loss of each counts; the same for a key."""
+        first, last = self.trained
+        if self.steps is None:
+            return dict.fromkeys(self.trained_steps(), 1.0)
+        grid = self.sigmas()[first : last + 1]
+        drawn, weights = self.steps.draw(grid, generator(f"trained steps {key}")), self.steps.weights(grid)
+        return {first + j: float(weights[j]) for j in drawn}
 
     def transition(self, batch: StepBatch, velocity: Tensor) -> Transition:
         """The step that a velocity (B, C, H, W) proposes at the states of a batch."""

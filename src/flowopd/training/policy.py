@@ -124,13 +124,13 @@ class FlowPolicy(LightningModule):
 
     def batches_per_rollout(self) -> int:
         """How many step batches ``cut`` makes of a rollout."""
-        return len(self.sampler.trained_steps())
+        return self.sampler.trained_per_rollout()
 
     def cut(self, rollout: Rollout, draw: Draw) -> Iterator[StepBatch]:
         """Cut the rollout of a draw into one batch per trained step; its rows stay together, as they were sampled."""
-        for j in draw.trained:
+        for j, counts in draw.trained.items():
             batch = self.sampler.batch_at(rollout.latents[:, j], j, rollout.cond, draw.tasks)
-            yield replace(batch, metrics=rollout.metrics).label(
+            yield replace(batch, metrics=rollout.metrics, counts=counts).label(
                 x_next=rollout.latents[:, j + 1],
                 log_prob_old=rollout.log_probs[:, j],
                 **{name: value[:, j] for name, value in rollout.labels.present().items()},
@@ -144,7 +144,7 @@ class FlowPolicy(LightningModule):
             batch.advance(student.detach())
         logged: dict[str, Tensor | float] = {**metrics, **batch.metrics}
         self.log_dict(logged, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(batch.x))
-        return loss
+        return loss * batch.counts
 
     @torch.no_grad()
     def draw(self, prompts: Sequence[Prompt], noise: Tensor, field: VelocityField | None = None) -> Tensor:

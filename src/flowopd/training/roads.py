@@ -96,7 +96,7 @@ class Fused:
             if j in draw.trained:
                 with sampling(policy):
                     labelled = policy.signals.label_states(batch, needs)
-                yield replace(labelled, advance=taken.put)
+                yield replace(labelled, advance=taken.put, counts=draw.trained[j])
             else:
                 with sampling(policy):
                     taken.put(sampler.transition(batch, field(x, batch.sigma, cond)))

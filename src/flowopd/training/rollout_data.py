@@ -153,7 +153,7 @@ class RolloutDataModule(LightningDataModule):
         first = self.trainer.global_rank * share
         rows = [(group, sibling) for group in range(first, first + share) for sibling in range(self.group_size)]
         chunks = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
-        trained = self.policy.sampler.trained_steps()
+        trained = self.policy.sampler.draw_steps(f"{self.seed} {self.iteration}")  # alike for all rows and ranks
         return [Draw([prompts[group] for group, _ in chunk], self._noise(chunk), trained) for chunk in chunks]
 
     def _noise(self, rows: Sequence[tuple[int, int]]) -> RowNoise:

@@ -282,8 +282,8 @@ def test_a_fine_tuned_transformer_is_a_teacher(backbone, state, second_pipeline,
     negative = stock_velocity(theirs, (x, sigma, backbone.encode(["", ""])))
     expected = negative + scale * (stock_velocity(theirs, state) - negative)
     torch.testing.assert_close(teacher.velocity(*state), expected, rtol=0, atol=1e-5)
-    assert second._encoders is None
-    assert second._autoencoder is None
+    assert not second.texts.loaded
+    assert "autoencoder" not in vars(second)
 
 
 def test_a_teacher_in_another_precision_reads_our_texts(backbone, state, second_pipeline):
@@ -297,7 +297,7 @@ def test_a_teacher_in_another_precision_reads_our_texts(backbone, state, second_
 
 def test_a_teacher_of_other_latents_is_refused(backbone, tmp_path):
     tiny.transformer(in_channels=8, out_channels=8).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"teacher '.*' has in_channels 8, the backbone 4; expected the same"):
+    with pytest.raises(ValueError, match=r"model '.*' has in_channels 8, the backbone 4; expected the same"):
         FullTeacher(tiny.backbone(str(tmp_path))).attach(backbone)
 
 

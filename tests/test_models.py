@@ -94,10 +94,9 @@ NO_T5 = {"text_encoder_3": None, "tokenizer_3": None}
 
 
 def test_a_text_is_encoded_once(fresh, monkeypatch):
-    texts, encode = [], fresh.pipeline.encode_prompt
-    monkeypatch.setattr(
-        fresh.pipeline, "encode_prompt", lambda prompt, **kw: texts.extend(prompt) or encode(prompt, **kw)
-    )
+    texts, encode = [], StableDiffusion3Pipeline.encode_prompt
+    watched = lambda pipe, prompt, **options: texts.extend(prompt) or encode(pipe, prompt, **options)  # noqa: E731
+    monkeypatch.setattr(StableDiffusion3Pipeline, "encode_prompt", watched)
     first = fresh.encode(TEXTS)
     again = fresh.encode(["new", *TEXTS])
     assert list(filter(None, texts)) == ["red 1", "blue 22", "new"]

@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from diffusers import StableDiffusion3Pipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import loaded
 
-from flowopd.models import SD3Backbone
 from flowopd.models.textcache import MANIFEST, TextFolder, TextKey, TextMemory
+from flowopd.models.texts import TextEncoders
 from flowopd.records import Conditioning
 
 TEXTS = ["red 1", "blue 22", "red 1", 'text "Größe"']
@@ -24,14 +25,15 @@ TEXTS = ["red 1", "blue 22", "red 1", 'text "Größe"']
 
 @pytest.fixture
 def reads(monkeypatch):
-    """How often text encoders are read from disk."""
-    seen, read = [], SD3Backbone._read_encoders
+    """Every time that text encoders are read from disk, the first of them; it may die."""
+    seen, read = [], StableDiffusion3Pipeline.from_pretrained
 
-    def counting(backbone):
-        seen.extend([backbone] * (backbone._encoders is None))
-        return read(backbone)
+    def counting(*args, **options):
+        pipeline = read(*args, **options)
+        seen.append(weakref.ref(pipeline.text_encoder))
+        return pipeline
 
-    monkeypatch.setattr(SD3Backbone, "_read_encoders", counting)
+    monkeypatch.setattr(StableDiffusion3Pipeline, "from_pretrained", counting)
     return seen
 
 
@@ -70,32 +72,22 @@ def test_nothing_but_the_transformer_is_read_before_it_is_needed(tiny_pipeline, 
     cond = Conditioning(torch.zeros(1, 3, 32), torch.zeros(1, 32))
     backbone.velocity(torch.zeros(1, 4, 8, 8), torch.ones(1), cond)
     assert not reads
-    assert backbone._autoencoder is None
+    assert "autoencoder" not in vars(backbone)
     backbone.decode(torch.zeros(1, 4, 8, 8))
     assert not reads
 
 
 @pytest.mark.parametrize("keep", [False, True])
-def test_text_encoders_are_released_when_nothing_is_missing(tiny_pipeline, encoded, reads, keep, monkeypatch):
-    dead = []
-    monkeypatch.setattr(SD3Backbone, "_encode", watching(SD3Backbone._encode, dead))
+def test_text_encoders_are_released_when_nothing_is_missing(tiny_pipeline, encoded, reads, keep):
     backbone = loaded(tiny_pipeline, keep_encoders=keep)
     assert_equal(backbone.encode(TEXTS), encoded)
     gc.collect()
-    assert [reference() is None for reference in dead] == [not keep]
+    assert backbone.texts.loaded == keep
+    assert [encoder() is None for encoder in reads] == [not keep]
     backbone.encode(TEXTS)
     assert len(reads) == 1
     backbone.encode(["new"])
     assert len(reads) == (1 if keep else 2)
-
-
-def watching(encode, dead):
-    def watched(backbone, texts):
-        rows = encode(backbone, texts)
-        dead.append(weakref.ref(backbone._encoders.text_encoder_3))
-        return rows
-
-    return watched
 
 
 def test_prepared_texts_read_the_encoders_once(tiny_pipeline, encoded, reads):
@@ -110,6 +102,7 @@ def test_prepared_texts_read_the_encoders_once(tiny_pipeline, encoded, reads):
 def test_small_encoders_stay_unless_told_otherwise(tiny_pipeline, reads):
     backbone = loaded(tiny_pipeline)
     backbone.encode(["a"])
+    assert backbone.texts.loaded
     backbone.encode(["b"])
     assert len(reads) == 1
 
@@ -124,7 +117,23 @@ def test_the_stock_pipeline_is_there_for_notebooks(tiny_pipeline, reads):
     backbone.encode(["a"])
     backbone.encode(["b"])
     assert len(reads) == 1
-    assert backbone._encoders is pipe
+    assert backbone.texts.parts()["text_encoder"] is pipe.text_encoder
+
+
+def test_a_model_s_texts_are_two_functions():
+    """What a further family of models has to say of its texts: how encoders are read, and how they encode."""
+    seen = []
+
+    def lengths(parts, texts):
+        seen.append(list(texts))
+        sizes = torch.tensor([float(len(text)) for text in texts])
+        return Conditioning(parts["scale"] * sizes[:, None, None], sizes[:, None])
+
+    texts = TextEncoders(lambda: {"scale": 2.0}, lengths, TextMemory(limit=10**6), keep=False)
+    texts.prepare(["a", "bb"])
+    assert texts.encode(["bb", "a", "bb"]).tokens.flatten().tolist() == [4, 2, 4]
+    assert seen == [["a", "bb", *[""] * 6]]
+    assert not texts.loaded
 
 
 # ------------------------------------------------------------------------------------------------------------- on disk
@@ -257,7 +266,7 @@ def test_memory_too_small_for_a_batch_changes_no_encoding(tiny_pipeline, encoded
 def test_the_padding_of_a_batch_takes_no_memory(tiny_pipeline):
     backbone = loaded(tiny_pipeline)
     backbone.encode(["a"])
-    kept = backbone._memory.get("a")
+    kept = backbone.texts.memory.get("a")
     assert kept.tokens.untyped_storage().nbytes() == kept.tokens.nbytes
 
 

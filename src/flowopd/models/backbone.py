@@ -32,6 +32,13 @@ class Backbone(ABC):
     def prepare(self, texts: Sequence[str]) -> None:  # noqa: B027 - a backbone need not prepare
         """Get ready to encode texts that will be needed soon."""
 
+    def read_with(self, reader: "Backbone") -> None:  # noqa: B027 - a backbone may stay with its own encoders
+        """Let another backbone encode the texts, so that this one needs no encoders.
+
+        Raises:
+            ValueError: if the two do not speak of the same latents and texts.
+        """
+
     @abstractmethod
     def velocity(
         self, x: Tensor, sigma: Tensor, cond: Conditioning, adapter: str | None = None, guidance_scale: float = 1.0

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -22,11 +21,10 @@ from flowopd.models.adapters.lora import use_adapter
 from flowopd.models.backbone import Backbone
 from flowopd.models.files import ModelFiles, reading
 from flowopd.models.textcache import TextFolder, TextKey, TextMemory
+from flowopd.models.texts import TextEncoders
 from flowopd.records import Conditioning
 
-TEXTS_AT_ONCE = 8  # always: kernels differ by batch size, and a resumed run must find the same encodings to the bit
 GB = 10**9
-SMALL_ENCODERS = 256 * 10**6  # bytes; not worth reading twice
 CLIP_PARTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
 T5_PARTS = ("text_encoder_3", "tokenizer_3")
 
@@ -78,15 +76,11 @@ class SD3Backbone(Backbone):
         self.negative_prompt = negative_prompt
         self.text_cache = text_cache
         self.text_cache_gb = text_cache_gb
-        self.keep_encoders = keep_encoders
         self.activation_checkpointing = activation_checkpointing
         self.files = ModelFiles(path, revision)
+        memory = TextMemory(int(text_memory_gb * GB))
+        self.texts = TextEncoders(self._read_encoders, self._encode_with, memory, keep_encoders)
         self._network: SD3Transformer2DModel | None = None
-        self._encoders: Any = None
-        self._autoencoder: Any = None
-        self._pipeline: Any = None
-        self._memory = TextMemory(int(text_memory_gb * GB))
-        self._folder: TextFolder | None = None
         self._negative: Conditioning | None = None
         self._reader: Backbone | None = None
 
@@ -97,20 +91,25 @@ class SD3Backbone(Backbone):
             raise RuntimeError("the backbone has no weights yet; call load() first")
         return self._network  # type: ignore[no-any-return]
 
-    @property
+    @cached_property
     def pipeline(self) -> Any:  # noqa: ANN401 - diffusers is untyped
         """The stock diffusers pipeline around this transformer, for notebooks; reads everything, and keeps it."""
-        if self._pipeline is None:
-            encoders, scheduler = self._read_encoders(), self.files.part("scheduler")
-            parts = {name: part for name, part in encoders.components.items() if name in (*CLIP_PARTS, *T5_PARTS)}
-            self._pipeline = StableDiffusion3Pipeline(
-                transformer=self.network,
-                scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(str(scheduler)),
-                vae=self._read_autoencoder(),
-                **parts,
-            )
-            self._encoders, self.keep_encoders = self._pipeline, True
-        return self._pipeline
+        self.texts.keep = True
+        return StableDiffusion3Pipeline(
+            transformer=self.network,
+            scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(str(self.files.part("scheduler"))),
+            vae=self.autoencoder,
+            **self.texts.parts(),
+        )
+
+    @cached_property
+    def autoencoder(self) -> Any:  # noqa: ANN401
+        """The autoencoder; read when it is first asked for."""
+        folder = self.files.part("vae")
+        with reading(folder):
+            autoencoder = AutoencoderKL.from_pretrained(str(folder), dtype=self.dtype)
+        _freeze(autoencoder, self._device())
+        return autoencoder
 
     def load(self, device: torch.device | str = "cpu") -> None:
         """Read the transformer onto ``device``; doing it twice is doing it once."""
@@ -120,7 +119,7 @@ class SD3Backbone(Backbone):
         if self.activation_checkpointing:
             network.enable_gradient_checkpointing()
         if self.text_cache is not None:
-            self._folder = TextFolder(Path(self.text_cache), self._text_key(), int(self.text_cache_gb * GB))
+            self.texts.folder = TextFolder(Path(self.text_cache), self._text_key(), int(self.text_cache_gb * GB))
         self._network = network
 
     def latent_shape(self) -> tuple[int, int, int]:
@@ -137,57 +136,51 @@ class SD3Backbone(Backbone):
         channels: list[int] = AutoencoderKL.load_config(str(self.files.part("vae")))["block_out_channels"]
         return int(2 ** (len(channels) - 1))
 
-    # ---------------------------------------------------------------------------------------------------------- texts
-
     def encode(self, texts: Sequence[str]) -> Conditioning:
         """Encode texts, (B, L, D) tokens and (B, P) pooled, on the transformer's device; each text once."""
-        if self._reader is not None:
-            return self._reader.encode(texts).to(self._device())
-        rows = {text: row for text in dict.fromkeys(texts) if (row := self._kept(text)) is not None}
-        rows |= self._encode_missing([text for text in dict.fromkeys(texts) if text not in rows])
-        return Conditioning.cat([rows[text] for text in texts]).to(self._device())
+        return (self._reader or self.texts).encode(texts).to(self._device())
 
     def prepare(self, texts: Sequence[str]) -> None:
         """Encode texts that will be needed soon, and the negative prompt: the encoders are read once for all."""
-        known, wanted = (self._memory, self._folder or ()), dict.fromkeys([*texts, self.negative_prompt])
         if self._reader is None:
-            self._encode_missing([text for text in wanted if not any(text in kept for kept in known)])
+            self.texts.prepare([*texts, self.negative_prompt])
 
     def read_with(self, reader: Backbone) -> None:
-        """Let another backbone encode the texts: this one needs no encoders."""
+        """Let another backbone encode the texts: this one needs no encoders.
+
+        Raises:
+            ValueError: if the two do not speak of the same latents and texts.
+        """
+        for name in ("in_channels", "joint_attention_dim", "pooled_projection_dim"):
+            ours, theirs = (getattr(getattr(model.network, "config", None), name, None) for model in (self, reader))
+            if ours != theirs:
+                raise ValueError(f"model {self.path!r} has {name} {ours}, the backbone {theirs}; expected the same")
         self._reader = reader
 
-    def _kept(self, text: str) -> Conditioning | None:
-        row = self._memory.get(text)
-        if row is None and self._folder is not None and (row := self._folder.get(text)) is not None:
-            self._memory.put(text, row)
-        return row
+    def _read_encoders(self) -> dict[str, Any]:
+        parts = [part for part in self._text_parts() if self.max_sequence_length or part not in T5_PARTS]
+        for part in parts:
+            self.files.part(part)
+        absent = dict.fromkeys({"vae", "scheduler", *T5_PARTS} - set(parts))
+        with reading(self.files.root):
+            pipeline = StableDiffusion3Pipeline.from_pretrained(
+                str(self.files.root), transformer=self.network, dtype=self.dtype, **absent
+            )
+        for part in parts:
+            _freeze(getattr(pipeline, part), self._device())
+        return {part: getattr(pipeline, part) for part in (*CLIP_PARTS, *T5_PARTS)}
 
-    def _encode_missing(self, texts: Sequence[str]) -> dict[str, Conditioning]:
-        encoded: dict[str, Conditioning] = {}
-        for chunk in (texts[i : i + TEXTS_AT_ONCE] for i in range(0, len(texts), TEXTS_AT_ONCE)):
-            rows = self._encode([*chunk, *[""] * (TEXTS_AT_ONCE - len(chunk))])
-            for i, text in enumerate(chunk):
-                encoded[text] = Conditioning(rows.tokens[i : i + 1].clone(), rows.pooled[i : i + 1].clone())
-                self._memory.put(text, encoded[text])
-                if self._folder is not None:
-                    self._folder.put(text, encoded[text])
-        if texts:
-            self._release_encoders()
-        return encoded
-
-    @torch.no_grad()
-    def _encode(self, texts: list[str]) -> Conditioning:
-        encoders = self._read_encoders()
-        tokens, _, pooled, _ = encoders.encode_prompt(
-            prompt=texts,
+    def _encode_with(self, parts: Mapping[str, Any], texts: Sequence[str]) -> Conditioning:
+        pipeline = StableDiffusion3Pipeline(transformer=self.network, scheduler=None, vae=None, **parts)
+        tokens, _, pooled, _ = pipeline.encode_prompt(
+            prompt=list(texts),
             prompt_2=None,
             prompt_3=None,
             do_classifier_free_guidance=False,
             max_sequence_length=self.max_sequence_length,
-            device=encoders.text_encoder.device,
+            device=parts["text_encoder"].device,
         )
-        return Conditioning(tokens, pooled).to("cpu")
+        return Conditioning(tokens, pooled)
 
     def _text_parts(self) -> list[str]:
         """Names of the model's text encoders and tokenizers."""
@@ -196,34 +189,6 @@ class SD3Backbone(Backbone):
 
     def _text_key(self) -> TextKey:
         return TextKey(self.files.identity(self._text_parts()), self.max_sequence_length, str(self.dtype))
-
-    def _read_encoders(self) -> Any:  # noqa: ANN401
-        if self._encoders is None:
-            parts = [part for part in self._text_parts() if self.max_sequence_length or part not in T5_PARTS]
-            for part in parts:
-                self.files.part(part)
-            absent = dict.fromkeys({"vae", "scheduler", *T5_PARTS} - set(parts))
-            with reading(self.files.root):
-                self._encoders = StableDiffusion3Pipeline.from_pretrained(
-                    str(self.files.root), transformer=self.network, dtype=self.dtype, **absent
-                )
-            for name in parts:
-                _freeze(getattr(self._encoders, name), self._device())
-        return self._encoders
-
-    def _release_encoders(self) -> None:
-        """Free the text encoders, unless they are small or wanted."""
-        encoders = [part for part in self._encoders.components.values() if isinstance(part, nn.Module)]
-        size = sum(p.nbytes for part in encoders if part is not self._network for p in part.parameters())
-        if self.keep_encoders if self.keep_encoders is not None else size <= SMALL_ENCODERS:
-            return
-        self._encoders = None
-        del encoders
-        gc.collect()  # modules of transformers refer to themselves
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-    # --------------------------------------------------------------------------------------------------- velocities
 
     def velocity(
         self, x: Tensor, sigma: Tensor, cond: Conditioning, adapter: str | None = None, guidance_scale: float = 1.0
@@ -267,18 +232,10 @@ class SD3Backbone(Backbone):
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Return images (B, 3, H, W) in [0, 1], float32."""
-        vae = self._read_autoencoder()
+        vae = self.autoencoder
         latents = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
         images: Tensor = vae.decode(latents, return_dict=False)[0]
         return (images.float() / 2 + 0.5).clamp(0, 1)
-
-    def _read_autoencoder(self) -> Any:  # noqa: ANN401
-        if self._autoencoder is None:
-            folder = self.files.part("vae")
-            with reading(folder):
-                self._autoencoder = AutoencoderKL.from_pretrained(str(folder), dtype=self.dtype)
-            _freeze(self._autoencoder, self._device())
-        return self._autoencoder
 
     def _device(self) -> torch.device:
         return next(self.network.parameters()).device

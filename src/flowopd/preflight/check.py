@@ -259,8 +259,8 @@ def grids_agree(subject: Subject) -> str:
     if not isinstance(backbone, SD3Backbone):
         raise Skipped(f"a {type(backbone).__name__} has no scheduler of diffusers")
     teachers = subject.policy.signals.fields().values()
-    models = [backbone, *(teacher.backbone for teacher in teachers if isinstance(teacher, FullTeacher))]
-    for model in models:
+    others = [teacher.backbone for teacher in teachers if isinstance(teacher, FullTeacher)]
+    for model in (model for model in (backbone, *others) if isinstance(model, SD3Backbone)):
         apart = max(_apart(model, sampler.schedule.sigmas(n)) for n in (sampler.num_steps, sampler.eval_steps))
         if apart > 1e-5:
             saw = f"the grid is up to {apart:.2g} away from that of the scheduler of {model.path!r}"

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from flowopd.models import LoRASpec, Merge, SD3Backbone
+from flowopd.models import LoRASpec, Merge
 from flowopd.models.adapters.lora import adapter_parameters
 from flowopd.preflight.costs import Cost, Speed, decode_flop, measure, trace
 from flowopd.preflight.forwards import DECODED, TRAINED, count_forwards
@@ -105,17 +105,15 @@ def plan(policy: FlowPolicy, data: RolloutDataModule, callbacks: Sequence[Callba
     Raises:
         ValueError: if the shapes of the backbone cannot be known without a download.
     """
-    backbone = policy.backbone
-    if not isinstance(backbone, SD3Backbone):
-        raise ValueError(f"a plan needs the shapes of a SD3Backbone, got a {type(backbone).__name__}")
-    shapes, notes = Shapes(backbone), list[str]()
+    shapes, notes = Shapes(policy.backbone), list[str]()
+    checkpointing = shapes.backbone.activation_checkpointing
     cost = trace(shapes, student_spec(policy, notes), hardware.autocast)
     forwards = count_forwards(policy, data, callbacks, hardware.ranks, hardware.accumulate)
     activations = {flag: cost.activations(flag) * trained_rows(policy, data) for flag in (False, True)}
     return Plan(
         resident=_resident(policy, callbacks, shapes, hardware, notes),
         training={
-            "activations": activations[backbone.activation_checkpointing],
+            "activations": activations[checkpointing],
             "trajectories": _trajectory_bytes(policy, data, shapes, hardware),
         },
         transient={"text encoders": sum(shapes.encoders().values())},
@@ -125,7 +123,7 @@ def plan(policy: FlowPolicy, data: RolloutDataModule, callbacks: Sequence[Callba
             "activations, checkpointed": activations[True],
         },
         forwards=forwards,
-        flop=_flop(forwards, cost, shapes, backbone.activation_checkpointing),
+        flop=_flop(forwards, cost, shapes, checkpointing),
         notes=notes,
     )
 
@@ -276,7 +274,6 @@ def _work_table(planned: Plan, hardware: Hardware, speed: Speed | None) -> Table
 
 def measured(policy: FlowPolicy, data: RolloutDataModule, autocast: bool, device: str) -> Speed:
     """Time the run's own micro-batches on random weights of the true size."""
-    assert isinstance(policy.backbone, SD3Backbone)
     shapes = Shapes(policy.backbone)
     return measure(shapes, student_spec(policy, []), trained_rows(policy, data), autocast, device)
 

@@ -14,7 +14,7 @@ from huggingface_hub import try_to_load_from_cache
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-from flowopd.models import LoRASpec, SD3Backbone
+from flowopd.models import Backbone, LoRASpec, SD3Backbone
 from flowopd.models.adapters.lora import adapter_parameters, add_adapter
 from flowopd.records import Conditioning
 
@@ -100,9 +100,14 @@ class Shapes:
 
     Args:
         backbone: not loaded, and not touched.
+
+    Raises:
+        ValueError: if it is of another kind than those whose shapes are known here.
     """
 
-    def __init__(self, backbone: SD3Backbone) -> None:
+    def __init__(self, backbone: Backbone) -> None:
+        if not isinstance(backbone, SD3Backbone):
+            raise ValueError(f"a plan needs the shapes of a SD3Backbone, got a {type(backbone).__name__}")
         self.backbone = backbone
         self._adapted: dict[tuple[str, ...], tuple[int, SD3Transformer2DModel]] = {}
 

@@ -4,9 +4,9 @@ import hashlib
 from typing import Protocol, runtime_checkable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from flowopd.models import Backbone, SD3Backbone
+from flowopd.models import Backbone
 from flowopd.models.adapters.lora import Adapter, adapter_names, attach, read_adapter
 from flowopd.records import Conditioning
 
@@ -111,7 +111,7 @@ class FullTeacher:
             velocities come back.
     """
 
-    def __init__(self, backbone: SD3Backbone, guidance_scale: float = 1.0, device: str | None = None) -> None:
+    def __init__(self, backbone: Backbone, guidance_scale: float = 1.0, device: str | None = None) -> None:
         self.backbone = backbone
         self.guidance_scale = guidance_scale
         self.device = device
@@ -125,7 +125,6 @@ class FullTeacher:
         """
         self.backbone.load(self.device or next(backbone.network.parameters()).device)
         self.backbone.read_with(backbone)
-        _check_same_latents(backbone.network, self.backbone)
 
     @torch.no_grad()
     def velocity(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
@@ -147,14 +146,6 @@ def _check_changes_something(adapter: Adapter, path: str) -> None:
         raise ValueError(
             f"teacher {path!r} changes nothing: all of its B factors are zero, so it equals the base model"
         )
-
-
-def _check_same_latents(shared: nn.Module, teacher: SD3Backbone) -> None:
-    names = ("in_channels", "joint_attention_dim", "pooled_projection_dim")
-    for name in names:
-        ours, theirs = (getattr(getattr(network, "config", None), name, None) for network in (shared, teacher.network))
-        if ours != theirs:
-            raise ValueError(f"teacher {teacher.path!r} has {name} {theirs}, the backbone {ours}; expected the same")
 
 
 def _attach_named(backbone: Backbone, name: str, adapter: Adapter, path: str) -> None:

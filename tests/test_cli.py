@@ -17,7 +17,7 @@ from PIL import Image
 
 from flowopd.cli import run as command_line
 from flowopd.cli.main import main
-from flowopd.models.adapters.lora import read_adapter
+from flowopd.models.adapters.files import read_adapter
 from flowopd.tiles import asset
 
 CONFIGS = Path(__file__).parent.parent / "configs"

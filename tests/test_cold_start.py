@@ -10,7 +10,7 @@ from torch import nan
 
 from flowopd.core import FlowMatching, Labels
 from flowopd.models import LoRASpec, Merge
-from flowopd.models.adapters.lora import WEIGHTS, read_adapter
+from flowopd.models.adapters.files import WEIGHTS, read_adapter
 from flowopd.records import Conditioning, Prompt
 from flowopd.rollouts import RowNoise, Sampler
 from flowopd.teachers import LoRATeacher

@@ -20,8 +20,9 @@ from safetensors.torch import load_file, save_file
 from tiny import loaded
 
 from flowopd.models import AdapterSource, LoRASpec, Merge, SD3Backbone
-from flowopd.models.adapters.export import DIFFUSERS_WEIGHTS, ModelCard, export_adapter
-from flowopd.models.adapters.lora import CONFIG, Adapter, adapter_parameters, add_adapter, read_adapter, take_adapter
+from flowopd.models.adapters.export import ModelCard, export_adapter
+from flowopd.models.adapters.files import CONFIG, DIFFUSERS_WEIGHTS, read_adapter
+from flowopd.models.adapters.lora import Adapter, adapter_parameters, add_adapter, take_adapter
 from flowopd.rollouts import Sampler
 from flowopd.teachers import FullTeacher, LoRATeacher
 from flowopd.training import AdapterExport, OPDStudent, TeacherCallback
@@ -266,7 +267,7 @@ def test_a_forgotten_subfolder_is_named(tiny_pipeline, tmp_path):
 def test_another_peft_method_is_refused(tiny_pipeline, tmp_path):
     tiny.expert(tmp_path, tiny_pipeline)
     (tmp_path / CONFIG).write_text(json.dumps({"peft_type": "IA3", "target_modules": ["attn.to_q"]}))
-    with pytest.raises(ValueError, match=f"{CONFIG} is a IA3Config; expected a LoraConfig"):
+    with pytest.raises(ValueError, match="is of peft's type IA3, not LORA"):
         read_adapter(str(tmp_path))
 
 
@@ -414,7 +415,7 @@ def fill_disk_at(victim: str, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     places = {
-        "adapter": "flowopd.models.adapters.lora.save_file",
+        "adapter": "flowopd.models.adapters.files.save_file",
         "config": "peft.LoraConfig.save_pretrained",
         "diffusers": "diffusers.StableDiffusion3Pipeline.save_lora_weights",
         "card": "pathlib.Path.write_text",

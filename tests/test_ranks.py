@@ -9,7 +9,8 @@ import torch
 from ranks import run_ranks
 
 from flowopd.core import ClippedSurrogate
-from flowopd.models.adapters.lora import ATTENTION, read_adapter
+from flowopd.models.adapters.files import read_adapter
+from flowopd.models.adapters.lora import ATTENTION
 from flowopd.teachers import LoRATeacher
 from flowopd.training import AdapterExport, GRPOTeacher, OPDStudent, RewardCallback, TeacherCallback
 

@@ -8,7 +8,7 @@ import tiny
 import torch
 from PIL import Image
 
-from flowopd.models.adapters.lora import read_adapter
+from flowopd.models.adapters.files import read_adapter
 from flowopd.teachers import BaseTeacher, LoRATeacher
 from flowopd.training import (
     EMA,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flowopd.cli import run as command_line
 from flowopd.cli.main import main
-from flowopd.models.adapters.lora import read_adapter
+from flowopd.models.adapters.files import read_adapter
 from flowopd.records import Prompt
 from flowopd.training import FlowPolicy
 

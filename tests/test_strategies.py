@@ -15,7 +15,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves_with_path
 
 from flowopd.models import LoRASpec
-from flowopd.models.adapters.lora import ATTENTION, adapter_names, adapter_parameters, read_adapter
+from flowopd.models.adapters.files import read_adapter
+from flowopd.models.adapters.lora import ATTENTION, adapter_names, adapter_parameters
 from flowopd.preflight.check import SelfCheck
 from flowopd.teachers import LoRATeacher
 from flowopd.training import EMA, AdapterExport, OPDStudent, RewardCallback, TeacherCallback

@@ -23,7 +23,8 @@ from flowopd.core import (
 )
 from flowopd.evaluation import Scoreboard
 from flowopd.models import LoRASpec, Merge
-from flowopd.models.adapters.lora import Adapter, read_adapter
+from flowopd.models.adapters.files import read_adapter
+from flowopd.models.adapters.lora import Adapter
 from flowopd.records import Prompt, StepBatch
 from flowopd.rollouts import RowNoise, Sampler
 from flowopd.teachers import BaseTeacher, LoRATeacher

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from flowopd.core import Anchored, TransitionKL, Uniform
 from flowopd.models import LoRASpec, SD3Backbone
-from flowopd.models.adapters.lora import Adapter, save_adapter, take_adapter
+from flowopd.models.adapters.files import save_adapter
+from flowopd.models.adapters.lora import Adapter, Factors, take_adapter
 from flowopd.preflight.costs import now
 from flowopd.preflight.plan import Hardware, Plan, plan
 from flowopd.preflight.shapes import ADAPTER, Shapes, materialise
@@ -160,8 +161,11 @@ def random_adapter(shapes: Shapes, folder: Path, seed: int) -> str:
     """Save an adapter of random numbers."""
     empty = take_adapter(shapes.adapted(LoRASpec()), ADAPTER)
     noise = torch.Generator().manual_seed(seed)
-    tensors = {key: 0.01 * torch.randn(value.shape, generator=noise) for key, value in empty.tensors.items()}
-    save_adapter(Adapter(empty.config, tensors), folder)
+    parts = {}
+    for module, part in empty.parts.items():
+        a, b = (0.01 * torch.randn(factor.shape, generator=noise) for factor in (part.a, part.b))
+        parts[module] = Factors(a, b, part.scale)
+    save_adapter(Adapter(parts), folder)
     return str(folder)
 
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from flowopd.models import LoRASpec, Merge
+from flowopd.models import AdapterSource, LoRASpec, Merge
 from flowopd.models.adapters.lora import adapter_parameters
 from flowopd.preflight.costs import Cost, Speed, decode_flop, measure, trace
 from flowopd.preflight.forwards import DECODED, TRAINED, count_forwards
@@ -160,17 +160,17 @@ def student_spec(policy: FlowPolicy, notes: list[str]) -> LoRASpec:
     if start is None:
         return policy.lora
     if not isinstance(start, Merge):
-        return _known_spec(str(start), None, None, notes)
-    parts = [_known_spec(part.path, part.subfolder, part.revision, notes) for part in start.adapters]
+        return _known_spec(AdapterSource(start) if isinstance(start, str) else start, notes)
+    parts = [_known_spec(part, notes) for part in start.adapters]
     rank = parts[0].rank if start.method == "factors" else start.rank or sum(part.rank for part in parts)
     targets = list(dict.fromkeys(target for part in parts for target in part.targets))
     return LoRASpec(rank, targets=targets)
 
 
-def _known_spec(path: str, subfolder: str | None, revision: str | None, notes: list[str]) -> LoRASpec:
-    if (spec := adapter_spec(path, subfolder, revision)) is not None:
+def _known_spec(source: AdapterSource, notes: list[str]) -> LoRASpec:
+    if (spec := adapter_spec(source)) is not None:
         return spec
-    notes.append(f"adapter {path} is not here; taken for one of rank {LoRASpec().rank} on the attention projections")
+    notes.append(f"adapter {source} is not here; taken for one of rank {LoRASpec().rank} on the attention projections")
     return LoRASpec()
 
 
@@ -178,7 +178,7 @@ def _teachers(signals: Signals, shapes: Shapes, notes: list[str]) -> dict[str, f
     sizes = {}
     for name, teacher in signals.fields().items():
         if isinstance(teacher, LoRATeacher):
-            sizes[name] = shapes.adapter_bytes(_known_spec(teacher.path, teacher.subfolder, teacher.revision, notes))
+            sizes[name] = shapes.adapter_bytes(_known_spec(teacher.source, notes))
         elif isinstance(teacher, FullTeacher):
             sizes[name] = nbytes(Shapes(teacher.backbone).transformer())
     return sizes

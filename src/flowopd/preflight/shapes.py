@@ -14,7 +14,8 @@ from huggingface_hub import try_to_load_from_cache
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-from flowopd.models import Backbone, LoRASpec, SD3Backbone
+from flowopd.models import AdapterSource, Backbone, LoRASpec, SD3Backbone
+from flowopd.models.adapters.files import DIFFUSERS_WEIGHTS, WEIGHTS, read_adapter
 from flowopd.models.adapters.lora import adapter_parameters, add_adapter
 from flowopd.records import Conditioning
 
@@ -93,6 +94,7 @@ KNOWN: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
 
 
 ADAPTER = "student"
+ADAPTER_FILES = (WEIGHTS, DIFFUSERS_WEIGHTS)
 
 
 class Shapes:
@@ -186,14 +188,20 @@ class Shapes:
         return (path / part).is_dir() if path.is_dir() else True
 
 
-def adapter_spec(path: str, subfolder: str | None = None, revision: str | None = None) -> LoRASpec | None:
-    """Shape of a saved adapter, from its folder or the hub's cache; ``None`` if its config is not here."""
-    file = _find(path, f"{subfolder}/adapter_config.json" if subfolder else "adapter_config.json", revision)
-    if file is None:
+def adapter_spec(source: AdapterSource) -> LoRASpec | None:
+    """Shape of a saved adapter, at its largest rank, from its file or the hub's cache; ``None`` if it is not here.
+
+    Raises:
+        ValueError: if it is not a plain LoRA.
+    """
+    inside = (source.subfolder or "").strip("/")
+    names = [inside] if inside.endswith(".safetensors") else [f"{inside}/{name}".strip("/") for name in ADAPTER_FILES]
+    found = [_find(source.path, name, source.revision) for name in names]
+    file = next(filter(None, found), Path(source.path))
+    if not file.is_file():
         return None
-    content = json.loads(file.read_text(encoding="utf-8"))
-    targets = content["target_modules"]
-    return LoRASpec(content["r"], content["lora_alpha"], [targets] if isinstance(targets, str) else targets)
+    parts = read_adapter(str(file)).parts
+    return LoRASpec(max(part.rank for part in parts.values()), targets=list(parts))
 
 
 def parameter_count(network: nn.Module) -> int:

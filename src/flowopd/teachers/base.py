@@ -6,8 +6,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from flowopd.models import Backbone
-from flowopd.models.adapters.lora import Adapter, adapter_names, attach, read_adapter
+from flowopd.models import AdapterSource, Backbone
+from flowopd.models.adapters.lora import Adapter, adapter_names, attach
 from flowopd.records import Conditioning
 
 
@@ -29,11 +29,11 @@ class Teacher(Protocol):
 
 
 class LoRATeacher:
-    """A LoRA adapter in peft layout on the shared backbone.
+    """A LoRA adapter on the shared backbone.
 
     Args:
-        path: adapter folder, or a model id of the hub.
-        subfolder: folder inside ``path``.
+        path: adapter folder, a ``.safetensors`` file, or a model id of the hub.
+        subfolder: folder or file inside ``path``.
         revision: branch, tag or commit on the hub.
         guidance_scale: the teacher's own guidance; 1 for none.
     """
@@ -41,9 +41,7 @@ class LoRATeacher:
     def __init__(
         self, path: str, subfolder: str | None = None, revision: str | None = None, guidance_scale: float = 1.0
     ) -> None:
-        self.path = path
-        self.subfolder = subfolder
-        self.revision = revision
+        self.source = AdapterSource(path, subfolder, revision)
         self.guidance_scale = guidance_scale
         self._backbone: Backbone | None = None
         self._name = ""
@@ -54,14 +52,14 @@ class LoRATeacher:
 
         Raises:
             FileNotFoundError: if the folder is missing.
-            ValueError: if tensors are missing, extra or mis-shaped, or the adapter changes nothing.
+            ValueError: if it is not a plain LoRA, does not fit the backbone, or changes nothing.
         """
-        adapter = read_adapter(self.path, self.subfolder, self.revision)
-        _check_changes_something(adapter, self.path)
+        adapter = self.source.adapter()
+        _check_changes_something(adapter, self.source)
         self._backbone, self._fingerprint = backbone, adapter.fingerprint()
         self._name = f"teacher-{self._fingerprint}"
         if self._name not in adapter_names(backbone.network):
-            _attach_named(backbone, self._name, adapter, self.path)
+            _attach_named(backbone, self._name, adapter, self.source)
 
     @torch.no_grad()
     def velocity(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
@@ -70,7 +68,7 @@ class LoRATeacher:
         return self._backbone.velocity(x, sigma, cond, self._name, self.guidance_scale)
 
     def fingerprint(self) -> str:
-        """A digest of the adapter's tensors and scale."""
+        """A digest of what the adapter changes."""
         return self._fingerprint
 
 
@@ -141,15 +139,15 @@ class FullTeacher:
         return digest.hexdigest()[:16]
 
 
-def _check_changes_something(adapter: Adapter, path: str) -> None:
-    if not any(bool(value.any()) for key, value in adapter.tensors.items() if "lora_B" in key):
+def _check_changes_something(adapter: Adapter, source: AdapterSource) -> None:
+    if not any(bool(part.folded().b.any()) and bool(part.a.any()) for part in adapter.parts.values()):
         raise ValueError(
-            f"teacher {path!r} changes nothing: all of its B factors are zero, so it equals the base model"
+            f"teacher {str(source)!r} changes nothing: its factors B, or A, or alpha are zero; it equals the base model"
         )
 
 
-def _attach_named(backbone: Backbone, name: str, adapter: Adapter, path: str) -> None:
+def _attach_named(backbone: Backbone, name: str, adapter: Adapter, source: AdapterSource) -> None:
     try:
         attach(backbone.network, name, adapter)
     except ValueError as error:
-        raise ValueError(f"teacher {path!r}: {error}") from error
+        raise ValueError(f"teacher {str(source)!r}: {error}") from error

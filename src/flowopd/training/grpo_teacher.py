@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flowopd.core.advantages import GroupAdvantage
 from flowopd.core.objectives import ClippedSurrogate, Objective
-from flowopd.models import Backbone, LoRASpec, Merge
+from flowopd.models import AdapterSource, Backbone, LoRASpec, Merge
 from flowopd.records import Prompt, Rollout
 from flowopd.rewards import Scores
 from flowopd.rollouts import Draw, Sampler
@@ -46,7 +46,8 @@ class GRPOTeacher(FlowPolicy):
         advantage: from rewards to advantages.
         sampler: grid, dynamics and guidance, for rollouts, training and evaluation alike.
         lora: shape of the adapter, if it starts from nothing.
-        start: an adapter folder, a model of the hub, or a merge of several, to start from instead.
+        start: an adapter folder or file, a model of the hub, ``{path, subfolder, revision}``, or a merge of several, to
+            start from instead.
         optimizer: built over the adapter's parameters.
         scheduler: stepped after every optimiser step.
 
@@ -61,7 +62,7 @@ class GRPOTeacher(FlowPolicy):
         advantage: GroupAdvantage | None = None,
         sampler: Sampler | None = None,
         lora: LoRASpec | None = None,
-        start: str | Merge | None = None,
+        start: str | AdapterSource | Merge | None = None,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         scheduler: LRSchedulerCallable | None = None,
     ) -> None:

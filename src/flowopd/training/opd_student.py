@@ -6,7 +6,7 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 
 from flowopd.core.objectives import Objective, TransitionKL
-from flowopd.models import Backbone, LoRASpec, Merge
+from flowopd.models import AdapterSource, Backbone, LoRASpec, Merge
 from flowopd.rollouts import Sampler
 from flowopd.training.policy import FlowPolicy
 
@@ -22,7 +22,8 @@ class OPDStudent(FlowPolicy):
         objective: what a visited step is trained on.
         sampler: grid, dynamics and guidance, for rollouts, training and evaluation alike.
         lora: shape of the adapter, if it starts from nothing.
-        start: cold start: an adapter folder, a model of the hub, or a merge of several.
+        start: cold start: an adapter folder or file, a model of the hub, ``{path, subfolder, revision}``, or a merge of
+            several.
         optimizer: built over the adapter's parameters.
         scheduler: stepped after every optimiser step.
 
@@ -36,7 +37,7 @@ class OPDStudent(FlowPolicy):
         objective: Objective | None = None,
         sampler: Sampler | None = None,
         lora: LoRASpec | None = None,
-        start: str | Merge | None = None,
+        start: str | AdapterSource | Merge | None = None,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         scheduler: LRSchedulerCallable | None = None,
     ) -> None:

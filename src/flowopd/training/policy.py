@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from flowopd.core.objectives import Objective, labels_of
 from flowopd.evaluation import Scoreboard
-from flowopd.models import Backbone, LoRASpec, Merge
-from flowopd.models.adapters.lora import Adapter, adapter_parameters, add_adapter, attach, read_adapter, take_adapter
+from flowopd.models import AdapterSource, Backbone, LoRASpec, Merge
+from flowopd.models.adapters.lora import Adapter, adapter_parameters, add_adapter, attach, take_adapter
 from flowopd.records import Conditioning, EvaluationBatch, Prompt, Rollout, StepBatch
 from flowopd.rollouts import Draw, Sampler, VelocityField
 from flowopd.training.checkpoints import MADE_BY, average_in, check_resumable, made_by
@@ -34,7 +34,8 @@ class FlowPolicy(LightningModule):
         objective: what a visited step is trained on.
         sampler: grid, dynamics and guidance, for rollouts, training and evaluation alike.
         lora: shape of the adapter, if it starts from nothing.
-        start: an adapter folder, a model of the hub, or a merge of several, to start from instead.
+        start: an adapter folder or file, a model of the hub, ``{path, subfolder, revision}``, or a merge of several, to
+            start from instead.
         optimizer: built over the adapter's parameters.
         scheduler: stepped after every optimiser step.
     """
@@ -48,7 +49,7 @@ class FlowPolicy(LightningModule):
         objective: Objective,
         sampler: Sampler | None = None,
         lora: LoRASpec | None = None,
-        start: str | Merge | None = None,
+        start: str | AdapterSource | Merge | None = None,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         scheduler: LRSchedulerCallable | None = None,
     ) -> None:
@@ -92,8 +93,8 @@ class FlowPolicy(LightningModule):
     def _attach_student(self) -> None:
         if self.start is None:
             return add_adapter(self.backbone.network, STUDENT, self.lora)
-        adapter = self.start.adapter() if isinstance(self.start, Merge) else read_adapter(self.start)
-        return attach(self.backbone.network, STUDENT, adapter, trainable=True)
+        source = AdapterSource(self.start) if isinstance(self.start, str) else self.start
+        return attach(self.backbone.network, STUDENT, source.adapter(), trainable=True)
 
     def velocity(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
         """The student's guided velocity (B, C, H, W) at x (B, C, H, W) and σ (B,)."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from copy import copy
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -12,9 +11,9 @@ from diffusers import StableDiffusion3Pipeline
 from huggingface_hub import ModelCardData
 
 from flowopd import __version__
-from flowopd.models.adapters.lora import Adapter, complete_or_nothing, write_peft
+from flowopd.models.adapters.files import DIFFUSERS_WEIGHTS, complete_or_nothing, write_peft
+from flowopd.models.adapters.lora import Adapter
 
-DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "lightning")
 
 
@@ -81,28 +80,32 @@ def export_adapter(adapter: Adapter, folder: Path, card: ModelCard) -> None:
     Raises:
         ValueError: if the disk is full, or the folder cannot be written to.
     """
-    config = copy(adapter.config)
-    config.base_model_name_or_path = card.hub_base()
-    adapter = Adapter(config, adapter.tensors)
     with complete_or_nothing(folder) as partial:
-        write_peft(adapter, partial)
+        write_peft(adapter, partial, card.hub_base())
         write_diffusers(adapter, partial)
         (partial / "README.md").write_text(card.text(adapter), encoding="utf-8")
 
 
 def write_diffusers(adapter: Adapter, folder: Path) -> None:
-    """Write what ``pipe.load_lora_weights`` reads; without the metadata it would take alpha for the rank."""
+    """Write what ``pipe.load_lora_weights`` reads, at scale 1: ComfyUI knows no metadata, diffusers no ``.alpha``."""
+    plain = adapter.folded()
     StableDiffusion3Pipeline.save_lora_weights(
         str(folder),
-        transformer_lora_layers={key: value.detach().cpu().contiguous() for key, value in adapter.tensors.items()},
-        transformer_lora_adapter_metadata=adapter.config.to_dict(),
+        transformer_lora_layers={key: value.detach().cpu().contiguous() for key, value in plain.tensors.items()},
+        transformer_lora_adapter_metadata=plain.config().to_dict(),
     )
 
 
 def _shape(adapter: Adapter) -> str:
-    size = sum(value.numel() for value in adapter.tensors.values())
-    strength = f"rank {adapter.config.r}, alpha {adapter.config.lora_alpha:g}"
-    return f"{strength}, {len(adapter.modules())} modules, {size:,} parameters"
+    parts = adapter.parts.values()
+    size = sum(part.a.numel() + part.b.numel() for part in parts)
+    ranks, alphas = _span(part.rank for part in parts), _span(part.scale * part.rank for part in parts)
+    return f"rank {ranks}, alpha {alphas} (folded into B), {len(parts)} modules, {size:,} parameters"
+
+
+def _span(numbers: Iterable[float]) -> str:
+    low, *_, high = 2 * sorted(numbers)
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
 
 
 def _versions() -> str:

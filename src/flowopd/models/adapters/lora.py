@@ -1,33 +1,28 @@
-"""LoRA adapters on one shared network, by peft.
+"""Plain LoRA adapters on one shared network, by peft; the only file that touches peft's private attributes.
 
-Names, shapes and values on disk are peft's: ``adapter_config.json`` beside ``adapter_model.safetensors`` with keys
-``base_model.model.<module>.lora_A.weight``. The only place that touches peft's private attributes.
+An adapter in memory is what it changes and nothing else: two factors and a scale per module. ``files`` makes this form
+of what people have, and refuses what it cannot say.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
+import re
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
+from copy import copy
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
 
-from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
-from flowopd.models.files import local_folder, refuse_corrupt
 from flowopd.models.shards import whole
 
-PREFIX = "base_model.model."
-WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
 ATTENTION = (
     "attn.to_q",
     "attn.to_k",
@@ -66,125 +61,77 @@ class LoRASpec:
         )
 
 
+class Factors(NamedTuple):
+    """What is changed about one module,  ΔW = scale · B·A."""
+
+    a: Tensor  # (r, in), or (r, in, k, k) for a convolution
+    b: Tensor  # (out, r), or (out, r, 1, 1)
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        """Inner width r."""
+        return len(self.a)
+
+    def folded(self) -> Factors:
+        """The same change at scale 1: B carries it."""
+        return Factors(self.a, self.scale * self.b, 1.0)
+
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """A (r, in·k·k) and B (out, r); scale not included."""
+        return self.a.flatten(1), self.b.flatten(1)
+
+    def change(self) -> Tensor:
+        """ΔW (out, in·k·k)."""
+        a, b = self.matrices()
+        return self.scale * b @ a
+
+
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter in memory: peft's config, and its tensors by ``<module>.lora_A.weight``."""
-
-    config: LoraConfig
-    tensors: Mapping[str, Tensor]
-
-    def scale(self) -> float:
-        """alpha / rank."""
-        return float(self.config.lora_alpha) / int(self.config.r)
-
-    def modules(self) -> list[str]:
-        """Names of the adapted modules."""
-        return [key.removesuffix(".lora_A.weight") for key in self.tensors if key.endswith(".lora_A.weight")]
-
-    def factors(self, module: str) -> tuple[Tensor, Tensor]:
-        """A (r, in) and B (out, r), scale not included."""
-        return self.tensors[f"{module}.lora_A.weight"], self.tensors[f"{module}.lora_B.weight"]
-
-    def fingerprint(self) -> str:
-        """A short digest of every tensor and of the scale."""
-        digest = hashlib.sha256(str(self.scale()).encode())
-        for key in sorted(self.tensors):
-            digest.update(key.encode())
-            digest.update(self.tensors[key].float().contiguous().cpu().numpy().tobytes())
-        return digest.hexdigest()[:16]
-
-
-@dataclass(frozen=True)
-class AdapterSource:
-    """Where an adapter in peft layout is.
+    """A plain LoRA in memory.
 
     Args:
-        path: a folder, or a model id of the hub.
-        subfolder: folder inside it.
-        revision: branch, tag or commit on the hub.
+        parts: factors by the name of the module that they change.
+        declared: configs of the files it comes from; what they target has to be there when it is attached.
     """
 
-    path: str
-    subfolder: str | None = None
-    revision: str | None = None
+    parts: Mapping[str, Factors]
+    declared: Sequence[LoraConfig] = field(default=(), compare=False, repr=False)
 
-    def __str__(self) -> str:
-        inside = f"/{self.subfolder}" if self.subfolder else ""
-        return f"{self.path}{inside}" + (f"@{self.revision}" if self.revision else "")
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Factors by ``<module>.lora_A.weight``, as peft calls them; scales not included."""
+        return {
+            f"{module}.lora_{letter}.weight": factor
+            for module, part in self.parts.items()
+            for letter, factor in (("A", part.a), ("B", part.b))
+        }
 
-    def read(self) -> Adapter:
-        """Read it, as ``read_adapter``."""
-        return read_adapter(self.path, self.subfolder, self.revision)
+    def folded(self) -> Adapter:
+        """The same changes, every module at scale 1."""
+        return Adapter({module: part.folded() for module, part in self.parts.items()}, self.declared)
 
+    def config(self) -> LoraConfig:
+        """Ranks and strengths in peft's words, and nothing else: never an initialisation that rewrites the base."""
+        ranks = {module: part.rank for module, part in self.parts.items()}
+        alphas = {module: part.scale * part.rank for module, part in self.parts.items()}
+        rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+        return LoraConfig(
+            r=int(rank),
+            lora_alpha=alpha,  # type: ignore[arg-type]  # peft takes any number
+            target_modules=list(self.parts),
+            rank_pattern={f"^{re.escape(module)}": value for module, value in ranks.items() if value != rank},
+            alpha_pattern={f"^{re.escape(module)}": value for module, value in alphas.items() if value != alpha},
+        )
 
-def read_adapter(path: str, subfolder: str | None = None, revision: str | None = None) -> Adapter:
-    """Read an adapter in peft layout from a folder or from the hub.
-
-    Raises:
-        FileNotFoundError: if there is no such folder or model, or a file is missing in it.
-        ValueError: if the tensors cannot be read.
-    """
-    inside = f"{subfolder.strip('/')}/" if subfolder else ""
-    folder = local_folder("adapter", path, revision, [inside + CONFIG, inside + WEIGHTS]) / inside
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f"adapter folder {folder} has no {name}; expected a LoRA saved in peft layout{_elsewhere(folder)}"
-            )
-    refuse_corrupt(folder / WEIGHTS)
-    tensors = load_file(folder / WEIGHTS)
-    return Adapter(_read_config(folder), {k.removeprefix(PREFIX): v for k, v in tensors.items()})
-
-
-def _read_config(folder: Path) -> LoraConfig:
-    try:
-        config = LoraConfig.from_pretrained(str(folder))
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{folder / CONFIG} is not the config of a LoRA ({error})") from error
-    if not isinstance(config, LoraConfig):
-        raise ValueError(f"{folder / CONFIG} is a {type(config).__name__}; expected a LoraConfig")
-    return config
-
-
-def _elsewhere(folder: Path) -> str:
-    """Where below a folder adapters lie, as a hint."""
-    found = sorted(file.parent.relative_to(folder).as_posix() for file in folder.glob(f"*/**/{CONFIG}"))
-    return f"; there is one in subfolder {' or '.join(map(repr, found[:4]))}" if found else ""
-
-
-def save_adapter(adapter: Adapter, folder: Path) -> None:
-    """Write an adapter in peft layout; the old one, if any, stays until the new one is complete.
-
-    Raises:
-        ValueError: if the disk is full, or the folder cannot be written to.
-    """
-    with complete_or_nothing(folder) as partial:
-        write_peft(adapter, partial)
-
-
-def write_peft(adapter: Adapter, folder: Path) -> None:
-    """Write the two files of peft's layout into a folder."""
-    save_file({PREFIX + k: v.detach().cpu().contiguous() for k, v in adapter.tensors.items()}, folder / WEIGHTS)
-    adapter.config.save_pretrained(str(folder))
-
-
-@contextmanager
-def complete_or_nothing(folder: Path) -> Iterator[Path]:
-    """A folder to write into, whose files move to ``folder`` when the block ends, and vanish if it fails.
-
-    Raises:
-        ValueError: if the disk is full, or the folder cannot be written to.
-    """
-    partial = folder / f".partial-{os.getpid()}"
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-        yield partial
-        for file in sorted(partial.iterdir()):
-            file.replace(folder / file.name)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"cannot write to {folder}: {error}; what was there before is unharmed") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    def fingerprint(self) -> str:
+        """A short digest of what every module is changed by, whatever share of it is called its scale."""
+        digest = hashlib.sha256()
+        for key, value in sorted(self.folded().tensors.items()):
+            digest.update(f"{key} {tuple(value.shape)}".encode())
+            digest.update(value.float().contiguous().cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
 
 def add_adapter(network: nn.Module, name: str, spec: LoRASpec) -> None:
@@ -194,15 +141,24 @@ def add_adapter(network: nn.Module, name: str, spec: LoRASpec) -> None:
 
 
 def attach(network: nn.Module, name: str, adapter: Adapter, trainable: bool = False) -> None:
-    """Put a read adapter on the network under ``name``, in float32.
+    """Put an adapter on the network under ``name``, in float32; the network's own weights stay as they are.
 
     Raises:
-        ValueError: naming missing, extra or mis-shaped tensors, or an adapter whose change is zero.
+        ValueError: naming a module that is missing, extra or mis-shaped.
     """
-    _inject(network, name, adapter.config)
-    _check_tensors(_tensors(network, name), adapter.tensors, name)
-    set_peft_model_state_dict(network, dict(adapter.tensors), adapter_name=name)
-    _require_grad(network, name, trainable)
+    if faults := _misfits(network, adapter):
+        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+        raise ValueError(f"adapter {name!r} does not fit this network: {faults[0]}{more}")
+    config = adapter.config()
+    config.target_modules = "|".join(map(re.escape, adapter.parts))  # whole names: a list would mean endings
+    _inject(network, name, config)
+    for module, layer in _adapted(network, name).items():
+        part = adapter.parts[module]
+        for ours, theirs in zip(_factors(layer, name), (part.a, part.b), strict=True):
+            ours.data.copy_(theirs)
+        layer.scaling[name] = part.scale
+    for parameter in adapter_parameters(network, name):
+        parameter.requires_grad_(trainable)
     _rest_on_trainable(network)
 
 
@@ -225,23 +181,48 @@ def _inject(network: nn.Module, name: str, config: LoraConfig) -> None:
             layer.lora_dropout[name] = nn.Identity()  # dropout would tell the training forward from the rollout's
 
 
-def _check_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], name: str) -> None:
-    faults = [f"{key} is missing" for key in expected if key not in found]
-    faults += [f"{key} is not part of this network" for key in found if key not in expected]
-    faults += [
-        f"{key} has shape {tuple(found[key].shape)} instead of {tuple(expected[key].shape)}"
-        for key in expected
-        if key in found and found[key].shape != expected[key].shape
-    ]
-    if faults:
-        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-        raise ValueError(f"adapter {name!r} does not fit this network: {faults[0]}{more}")
+def _misfits(network: nn.Module, adapter: Adapter) -> list[str]:
+    """What an adapter has that the network has not, in another shape, or the other way round."""
+    layers = _adaptable(network)
+    faults = []
+    for module, part in adapter.parts.items():
+        if module not in layers:
+            faults.append(f"{module} is not part of this network, or neither a linear layer nor a convolution")
+            continue
+        out, *into = layers[module].weight.shape
+        expected = {"A": (part.rank, *into), "B": (out, part.rank, *(1 for _ in into[1:]))}
+        for letter, factor in (("A", part.a), ("B", part.b)):
+            if factor.shape != expected[letter]:
+                faults.append(f"{module}.lora_{letter} has shape {tuple(factor.shape)} instead of {expected[letter]}")
+    missing = {module for config in adapter.declared for module in _targets(config, layers)} - set(adapter.parts)
+    return faults + [f"{module} is targeted by its config, but its tensors are missing" for module in sorted(missing)]
+
+
+def _adaptable(network: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
+    """The layers that a LoRA can change, as they are below any adapters, by name."""
+    layers = {}
+    for module, layer in network.named_modules():
+        base = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
+        if isinstance(base, nn.Linear | nn.Conv2d) and ".lora_" not in module and not module.endswith(".base_layer"):
+            layers[module] = base
+    return layers
+
+
+def _targets(config: LoraConfig, layers: Mapping[str, nn.Module]) -> list[str]:
+    """The layers that peft would adapt by a config."""
+    if config.target_modules == "all-linear":
+        config = copy(config)
+        config.target_modules = [module for module, layer in layers.items() if isinstance(layer, nn.Linear)]
+    return [module for module in layers if check_target_module_exists(config, module)]
 
 
 def take_adapter(network: nn.Module, name: str) -> Adapter:
     """Copy an adapter off the network; if it is sharded, all ranks must ask for it."""
-    config: LoraConfig = network.peft_config[name]  # type: ignore[index, assignment]
-    return Adapter(config, {key: whole(value).detach().clone() for key, value in _tensors(network, name).items()})
+    parts = {}
+    for module, layer in _adapted(network, name).items():
+        a, b = (whole(factor).detach().clone() for factor in _factors(layer, name))
+        parts[module] = Factors(a, b, float(layer.scaling[name]))
+    return Adapter(parts)
 
 
 def adapter_names(network: nn.Module) -> set[str]:
@@ -285,11 +266,15 @@ def _lora_layers(network: nn.Module) -> list[LoraLayer]:
     return [module for module in network.modules() if isinstance(module, LoraLayer)]
 
 
-def _tensors(network: nn.Module, name: str) -> dict[str, Tensor]:
-    marker = f".{name}."
-    return {key.replace(marker, "."): p for key, p in network.named_parameters() if marker in key and "lora_" in key}
+def _adapted(network: nn.Module, name: str) -> dict[str, LoraLayer]:
+    """The layers that carry an adapter, by name, in the network's order."""
+    return {
+        module: layer
+        for module, layer in network.named_modules()
+        if isinstance(layer, LoraLayer) and name in layer.lora_A
+    }
 
 
-def _require_grad(network: nn.Module, name: str, trainable: bool) -> None:
-    for parameter in adapter_parameters(network, name):
-        parameter.requires_grad_(trainable)
+def _factors(layer: LoraLayer, name: str) -> tuple[nn.Parameter, nn.Parameter]:
+    """A and B of an adapter on a layer."""
+    return layer.lora_A[name].weight, layer.lora_B[name].weight  # type: ignore[return-value]

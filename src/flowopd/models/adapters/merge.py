@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from hashlib import blake2b
 from typing import Literal
 
@@ -10,17 +10,18 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
-from flowopd.models.adapters.lora import Adapter, AdapterSource
+from flowopd.models.adapters.files import AdapterSource
+from flowopd.models.adapters.lora import Adapter, Factors
 
 Method = Literal["exact", "factors", "svd", "ties", "dare"]
 
 
 class Merge:
-    """One adapter out of several, whose changes are ΔW_i = alpha_i / rank_i · B_i·A_i.
+    """One adapter out of several, whose changes are ΔW_i = scale_i · B_i·A_i.
 
-    - ``exact``: ΔW = Σ w_i ΔW_i, by concatenated factors, at rank Σ r_i.
+    - ``exact``: ΔW = Σ w_i ΔW_i, by concatenated factors, at rank Σ r_i of those that change the module.
     - ``svd``: the best approximation of that at rank ``rank`` (largest singular values).
-    - ``factors``: ΔW = alpha / rank · (Σ w_i B_i)(Σ w_i A_i), as the released Flow-OPD code does; it keeps about 1/k of
+    - ``factors``: ΔW = scale · (Σ w_i B_i)(Σ w_i A_i), as the released Flow-OPD code does; it keeps about 1/k of
       the changes of k independent adapters.
     - ``ties``: of every ΔW_i the ``density`` share of entries that are largest; at each entry the sign of Σ w_i ΔW_i,
       and the w-weighted mean of those that have it; all times Σ w_i (the paper's λ).
@@ -31,7 +32,7 @@ class Merge:
     ``rank`` by singular values.
 
     Args:
-        adapters: adapter folders in peft layout, models of the hub, or ``{path, subfolder, revision}``.
+        adapters: adapter folders or files, models of the hub, or ``{path, subfolder, revision}``.
         method: see above.
         weights: w_i, one per adapter; default 1/k each.
         rank: inner width of the result, for ``svd``, ``ties`` and ``dare``; default Σ r_i.
@@ -75,6 +76,7 @@ class Merge:
         """Read the adapters and merge them.
 
         Raises:
+            FileNotFoundError: if one of them is not there.
             ValueError: if ``factors`` meets adapters of different rank or scale, or an adapter is more than a LoRA.
         """
         return self._merge(self._read())
@@ -97,10 +99,7 @@ class Merge:
         return names if len(set(names)) == len(names) else [f"{name} ({i})" for i, name in enumerate(names, 1)]
 
     def _read(self) -> list[Adapter]:
-        parts = [source.read() for source in self.adapters]
-        for part, source in zip(parts, self.adapters, strict=True):
-            _check_plain(part, str(source))
-        return parts
+        return [source.adapter() for source in self.adapters]
 
     def _merge(self, parts: Sequence[Adapter]) -> Adapter:
         if self.method == "factors":
@@ -108,11 +107,17 @@ class Merge:
         exact = _concatenate(parts, self.weights)
         if self.method == "exact":
             return exact
-        rank, scale = self.rank or int(exact.config.r), exact.scale()
+        return Adapter({m: self._approximate(parts, m, part) for m, part in exact.parts.items()}, exact.declared)
+
+    def _approximate(self, parts: Sequence[Adapter], module: str, exact: Factors) -> Factors:
+        rank = self.rank or exact.rank
         if self.method == "svd":
-            return _adapter({m: truncate_factors(*exact.factors(m), rank) for m in exact.modules()}, rank, scale)
-        dense = _by_module(parts, exact.modules(), self._combine)
-        return _adapter({m: truncate(change / scale, rank) for m, change in dense}, rank, scale)
+            a, b = truncate_factors(*exact.matrices(), rank)
+        else:
+            zero = torch.zeros_like(exact.change())  # an adapter that leaves a module alone has a change of zero there
+            changes = [part.parts[module].change() if module in part.parts else zero for part in parts]
+            a, b = truncate(self._combine(changes, module) / exact.scale, rank)
+        return Factors(a.reshape(-1, *exact.a.shape[1:]), b.reshape(*b.shape, *exact.b.shape[2:]), exact.scale)
 
     def _combine(self, changes: Sequence[Tensor], module: str) -> Tensor:
         if self.method == "ties":
@@ -213,67 +218,45 @@ def _merge_row(
 def inner(first: Adapter, second: Adapter) -> float:
     """⟨ΔW_1, ΔW_2⟩ summed over all modules, by factors:  tr((B_1 A_1)ᵀ B_2 A_2) = Σ (B_1ᵀB_2) ∘ (A_1 A_2ᵀ)."""
     total = 0.0
-    for module in sorted(set(first.modules()) & set(second.modules())):
-        (a1, b1), (a2, b2) = first.factors(module), second.factors(module)
-        total += float(((b1.double().T @ b2.double()) * (a1.double() @ a2.double().T)).sum())
-    return first.scale() * second.scale() * total
+    for module in sorted(set(first.parts) & set(second.parts)):
+        one, other = first.parts[module], second.parts[module]
+        (a1, b1), (a2, b2) = one.matrices(), other.matrices()
+        product = ((b1.double().T @ b2.double()) * (a1.double() @ a2.double().T)).sum()
+        total += one.scale * other.scale * float(product)
+    return total
 
 
 # ------------------------------------------------------------------------------------------------------------- helpers
 
 
-def _by_module(
-    parts: Sequence[Adapter], modules: Sequence[str], combine: Callable[[Sequence[Tensor], str], Tensor]
-) -> list[tuple[str, Tensor]]:
-    """Combine the whole matrices of every module; an adapter that leaves a module alone has a change of zero there."""
-    combined = []
-    for module in modules:
-        known = {i: part for i, part in enumerate(parts) if module in part.modules()}
-        changes = {i: _change(part, module) for i, part in known.items()}
-        zero = torch.zeros_like(next(iter(changes.values())))
-        combined.append((module, combine([changes.get(i, zero) for i in range(len(parts))], module)))
-    return combined
-
-
-def _change(adapter: Adapter, module: str) -> Tensor:
-    a, b = adapter.factors(module)
-    return adapter.scale() * b.float() @ a.float()
-
-
-def _adapter(factors: Mapping[str, tuple[Tensor, Tensor]], rank: int, scale: float) -> Adapter:
-    config = LoraConfig(r=rank, lora_alpha=scale * rank, target_modules=list(factors))  # type: ignore[arg-type]
-    tensors = {f"{m}.lora_{name}.weight": f for m, pair in factors.items() for name, f in zip("AB", pair, strict=True)}
-    return Adapter(config, tensors)
-
-
-def _check_plain(adapter: Adapter, path: str) -> None:
-    kinds = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "lora_bias")
-    if unusual := [kind for kind in kinds if getattr(adapter.config, kind, None)]:
-        raise ValueError(f"adapter {path!r} has {unusual[0]}; a merge knows only ΔW = alpha / rank · B·A")
-
-
 def _concatenate(parts: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
-    scale, rank = max(part.scale() for part in parts), sum(int(part.config.r) for part in parts)
-    factors = {}
-    for module in dict.fromkeys(module for part in parts for module in part.modules()):
-        owners = [(part, weight) for part, weight in zip(parts, weights, strict=True) if module in part.modules()]
-        a = torch.cat([part.factors(module)[0] for part, _ in owners])
-        b = torch.cat([w * part.scale() / scale * part.factors(module)[1] for part, w in owners], 1)
-        padded_a = torch.cat([a, a.new_zeros(rank - len(a), a.shape[1])])
-        factors[module] = padded_a, torch.cat([b, b.new_zeros(len(b), rank - b.shape[1])], 1)
-    return _adapter(factors, rank, scale)
+    merged = {}
+    for module in dict.fromkeys(module for part in parts for module in part.parts):
+        owners = [(part.parts[module], w) for part, w in zip(parts, weights, strict=True) if module in part.parts]
+        scale = max(abs(factors.scale) for factors, _ in owners) or 1.0
+        a = torch.cat([factors.a for factors, _ in owners])
+        b = torch.cat([w * factors.scale / scale * factors.b for factors, w in owners], 1)
+        merged[module] = Factors(a, b, scale)
+    return Adapter(merged, _declared(parts))
 
 
 def _average_factors(parts: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
-    shapes = {(int(part.config.r), part.scale(), *sorted(part.tensors)) for part in parts}
+    shapes = {tuple(sorted((module, f.rank, f.scale) for module, f in part.parts.items())) for part in parts}
     if len(shapes) > 1:
         raise ValueError(
             "factors can only be averaged between adapters of one rank, scale and target; use method: exact"
         )
-    keys = parts[0].tensors
-    pairs = list(zip(parts, weights, strict=True))
-    tensors = {key: torch.stack([weight * part.tensors[key] for part, weight in pairs]).sum(0) for key in keys}
-    return Adapter(parts[0].config, tensors)
+    merged = {}
+    for module, first in parts[0].parts.items():
+        each = [(part.parts[module], weight) for part, weight in zip(parts, weights, strict=True)]
+        a = torch.stack([weight * factors.a for factors, weight in each]).sum(0)
+        b = torch.stack([weight * factors.b for factors, weight in each]).sum(0)
+        merged[module] = Factors(a, b, first.scale)
+    return Adapter(merged, _declared(parts))
+
+
+def _declared(parts: Sequence[Adapter]) -> list[LoraConfig]:
+    return [config for part in parts for config in part.declared]
 
 
 def _generator(key: str) -> torch.Generator:

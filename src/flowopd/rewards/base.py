@@ -71,10 +71,33 @@ class DetailedReward(Reward, Protocol):
 
 
 def detailed(reward: Reward, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
-    """Scores of any reward, with its parts if it has some."""
-    if isinstance(reward, DetailedReward):
-        return reward.detail(images, prompts)
-    return Scores(reward.score(images, prompts))
+    """Scores of any reward, float32 on the images' device, with its parts if it has some.
+
+    Raises:
+        ValueError: if what it returns is not a number per image.
+    """
+    name = type(reward).__name__
+    if not isinstance(reward, DetailedReward):
+        return Scores(_column(reward.score(images, prompts), f"{name}.score", images))
+    scores: object = reward.detail(images, prompts)
+    if not isinstance(scores, Scores):
+        raise ValueError(f"{name}.detail returned a {type(scores).__name__}; expected flowopd.rewards.Scores")
+    parts = {part: _column(column, f"part {part!r} of {name}", images) for part, column in scores.parts.items()}
+    return Scores(_column(scores.value, f"{name}.detail", images), parts)
+
+
+def _column(numbers: object, what: str, images: Tensor) -> Tensor:
+    """Numbers as float32 on the images' device.
+
+    Raises:
+        ValueError: unless they are a real tensor of shape (B,).
+    """
+    expected = f"expected a tensor of shape ({len(images)},), a number per image"
+    if not isinstance(numbers, Tensor):
+        raise ValueError(f"{what} returned a {type(numbers).__name__}; {expected}")
+    if numbers.shape != (len(images),) or numbers.is_complex():
+        raise ValueError(f"{what} returned {numbers.dtype} of shape {tuple(numbers.shape)}; {expected}")
+    return numbers.detach().to(images.device, torch.float32)
 
 
 def as_bytes(images: Tensor, prompts: Sequence[Prompt]) -> Tensor:

@@ -1,0 +1,77 @@
+"""The laws of what a reward returns: a number per image, or one sentence that says what came instead."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from flowopd.records import Prompt
+from flowopd.rewards import Scores, Weighted, detailed
+
+PROMPTS = [Prompt(text, "any") for text in "abc"]
+IMAGES = torch.rand(3, 3, 4, 4)
+
+
+@dataclass
+class Plain:
+    """Returns what it is told."""
+
+    answer: Any
+
+    def score(self, images, prompts):
+        return self.answer
+
+
+@dataclass
+class Parted(Plain):
+    """Returns it with parts, or as them."""
+
+    def detail(self, images, prompts):
+        return self.answer
+
+
+NO_SCORES = {
+    "list": ([0.1, 0.2, 0.3], "returned a list; expected"),
+    "nothing": (None, "returned a NoneType; expected"),
+    "number": (0.5, "returned a float; expected"),
+    "array": (np.zeros(3), "returned a ndarray; expected"),
+    "scalar": (torch.tensor(0.5), r"returned torch.float32 of shape \(\); expected"),
+    "column": (torch.zeros(3, 1), r"returned torch.float32 of shape \(3, 1\); expected"),
+    "too few": (torch.zeros(2), r"returned torch.float32 of shape \(2,\); expected"),
+    "complex": (torch.zeros(3, dtype=torch.complex64), r"returned torch.complex64 of shape \(3,\); expected"),
+}
+
+
+@pytest.mark.parametrize("name", NO_SCORES)
+def test_what_is_no_number_per_image_is_refused_wherever_it_stands(name):
+    answer, sentence = NO_SCORES[name]
+    expected = sentence + r" a tensor of shape \(3,\), a number per image$"
+    good = torch.zeros(3)
+    for reward, whose in (
+        (Plain(answer), "Plain.score "),
+        (Parted(Scores(answer)), "Parted.detail "),
+        (Parted(Scores(good, {"one": good, "two": answer})), "part 'two' of Parted "),
+        (Weighted({"mine": Plain(answer)}, {"mine": 1.0}), "Plain.score "),
+    ):
+        with pytest.raises(ValueError, match=f"^{whose}{expected}"):
+            detailed(reward, IMAGES, PROMPTS)
+    with pytest.raises(ValueError, match=r"Parted.detail returned a .*; expected flowopd.rewards.Scores"):
+        detailed(Parted(answer), IMAGES, PROMPTS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int64, torch.bool])
+def test_numbers_of_any_kind_are_float32_without_gradient(dtype):
+    answer = torch.tensor([0, 1, 1]).to(dtype)
+    if dtype == torch.float64:
+        answer.requires_grad_()
+    scores = detailed(Parted(Scores(answer, {"part": answer})), IMAGES, PROMPTS)
+    for column in (scores.value, scores.parts["part"], detailed(Plain(answer), IMAGES, PROMPTS).value):
+        assert column.dtype == torch.float32
+        assert column.tolist() == [0, 1, 1]
+        assert not column.requires_grad
+
+
+def test_a_failed_row_stays_nan():
+    assert detailed(Plain(torch.tensor([0.0, torch.nan, 1.0])), IMAGES, PROMPTS).value.isnan().tolist() == [0, 1, 0]

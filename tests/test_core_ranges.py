@@ -1,12 +1,13 @@
 """The laws of ranges: a number outside is one sentence with its name, and what is no number is outside."""
 
 import math
+from typing import Literal
 
 import pytest
 
-from flowopd.core.ranges import above, at_least, within
+from flowopd.core.ranges import above, at_least, one_of, within
 
-NOT_NUMBERS = [math.nan, True, "8", [8], 1 + 0j]
+NOT_NUMBERS = [math.nan, math.inf, True, "8", [8], 1 + 0j]
 
 
 @pytest.mark.parametrize("value", [0, -1, 2.5, *NOT_NUMBERS])
@@ -34,6 +35,13 @@ def test_bounds_belong_to_the_range_except_above():
     within(2, 3, n=2, m=3)
     with pytest.raises(ValueError, match="m is 2; expected a whole number above 2"):
         above(2, n=3, m=2)
+
+
+def test_a_choice_is_one_of_those_there_are():
+    one_of(Literal["a", "b"], letter="a", other="b", none=None)
+    for value in ("c", "", "A", 1):
+        with pytest.raises(ValueError, match=f"^letter is {value!r}; expected one of a, b$"):
+            one_of(Literal["a", "b"], letter=value)
 
 
 def test_nothing_given_is_in_every_range():

@@ -123,10 +123,12 @@ def test_an_excluded_file_is_left_out_and_what_is_exhausted_is_said(tmp_path):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"split": "val"}, r"GenEvalPrompts knows the splits \('train', 'test'\), got 'val'"),
+        ({"split": "val"}, "split is 'val'; expected one of train, test"),
         ({"split": "test", "max_count": 5}, "GenEval's test split is fixed"),
         ({"tags": {"single_object": 1}}, r"GenEval trains on position, .*, got \['single_object'\]"),
-        ({"tags": {"colors": 0}}, "expected shares of at least 0 and one above"),
+        ({"tags": {"colors": 0}}, "one share at least must be above 0, got {'colors': 0}"),
+        ({"tags": {"colors": -1, "counting": 2}}, "share of colors is -1; expected at least 0.0"),
+        ({"tags": {"colors": float("nan")}}, "share of colors is nan; expected a number of at least 0.0"),
         ({"objects": ["cat", "unicorn"]}, r"GenEval's detector does not know \['unicorn'\]"),
         ({"objects": ["cat", "person"]}, "expected two objects besides 'person'"),
         ({"max_count": 11}, "max_count is 11; expected a whole number from 2 to 10"),
@@ -176,7 +178,7 @@ def test_a_draw_is_a_function_of_its_seed(source):
 
 
 def test_an_unknown_ocr_split_is_refused():
-    with pytest.raises(ValueError, match="OCRPrompts knows the splits"):
+    with pytest.raises(ValueError, match="split is 'val'; expected one of train, test"):
         OCRPrompts("val")
 
 
@@ -287,7 +289,7 @@ def test_the_papers_ocr_prompts_get_their_targets(site, tmp_path, monkeypatch, c
         ("pickapic", ["--source", "none.txt"], "prompt file 'none.txt' does not exist"),
         ("ocr_paper", ["--source", "{site}/p.txt"], "prompt 'a dog' asks for no text"),
         ("compbench", ["--sha256", "0"], "one sha256 cannot fit the eight files"),
-        ("ocr", ["--count", "0"], "expected a count of at least 1, got 0"),
+        ("ocr", ["--count", "0"], "count is 0; expected at least 1"),
         ("geneval", ["--sead", "1"], "unrecognized arguments: --sead 1"),
         ("geneval", ["--split", "val"], r"Expected a typing.Literal\['train', 'test'\]. Got value: val"),
     ],
@@ -319,3 +321,10 @@ def test_every_address_is_fixed_by_a_commit_and_has_a_licence():
         assert re.match(r"https://raw\.githubusercontent\.com/[\w-]+/[\w-]+/[0-9a-f]{40}/", published.address)
         assert published.licence
     assert len(known) == 12
+
+
+@pytest.mark.parametrize("include", [None, "cat", [], [None], [{"class": "cat"}], [{"position": 1}, {"class": "cat"}]])
+def test_an_excluded_prompt_with_another_metadata_is_named(include, tmp_path):
+    write([Prompt("a cat", "geneval", {"include": include, "tag": "colors"})], tmp_path / "p.jsonl")
+    with pytest.raises(ValueError, match="excluded prompt 'a cat' has an 'include', but not as GenEval's files do"):
+        GenEvalPrompts(exclude=str(tmp_path / "p.jsonl"))

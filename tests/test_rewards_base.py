@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from flowopd import rewards
 from flowopd.records import Prompt
 from flowopd.rewards import Scores, Weighted, detailed
 
@@ -71,6 +72,36 @@ def test_numbers_of_any_kind_are_float32_without_gradient(dtype):
         assert column.dtype == torch.float32
         assert column.tolist() == [0, 1, 1]
         assert not column.requires_grad
+
+
+SERVER, HUB = {"url": "http://127.0.0.1:9"}, {}
+JUDGE = {"base_url": "http://127.0.0.1:9/v1", "model": "m"}
+NO_COUNTS = [0, -1, 2.5, True, "8", float("nan")]
+NO_SECONDS = [0, -1.0, float("nan"), float("inf"), 1e9]
+NUMBERS = [  # whose, and what it cannot be
+    *[(kind, HUB, "batch_size", NO_COUNTS) for kind in ("PickScore", "HPSv2", "ImageReward", "CLIPScore", "Aesthetic")],
+    *[(kind, HUB, "batch_size", NO_COUNTS) for kind in ("GenEval", "DeQA")],
+    *[(kind, HUB, "dtype", ["half", 16]) for kind in ("PickScore", "CLIPScore", "GenEval", "DeQA")],
+    ("CLIPScore", HUB, "resize", ["nearest"]),
+    ("GenEval", HUB, "verdict", ["right"]),
+    ("OCR", HUB, "workers", NO_COUNTS[1:]),
+    ("RemoteReward", SERVER, "batch_size", NO_COUNTS),
+    ("RemoteReward", SERVER, "retries", NO_COUNTS[1:]),
+    ("RemoteReward", SERVER, "timeout", NO_SECONDS),
+    ("RemoteReward", SERVER, "on_failure", ["zero"]),
+    *[("Judge", JUDGE, name, NO_COUNTS) for name in ("concurrency", "max_tokens", "resize")],
+    ("Judge", JUDGE, "retries", NO_COUNTS[1:]),
+    ("Judge", JUDGE, "timeout", NO_SECONDS),
+    ("Judge", JUDGE, "scale", NO_SECONDS[:-1]),
+    ("Judge", JUDGE, "on_failure", ["zero"]),
+]
+
+
+@pytest.mark.parametrize(("kind", "others", "name", "values"), NUMBERS, ids=[f"{n[0]}-{n[2]}" for n in NUMBERS])
+def test_every_number_and_choice_of_a_reward_has_a_range(kind, others, name, values):
+    for value in values:
+        with pytest.raises(ValueError, match=f"^{name} is {value!r}; expected "):
+            getattr(rewards, kind)(**others, **{name: value})
 
 
 def test_a_failed_row_stays_nan():

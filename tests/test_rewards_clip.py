@@ -661,7 +661,7 @@ def test_prompts_are_more_than_texts():
 
 
 def test_options_out_of_range_are_refused():
-    with pytest.raises(ValueError, match="batch_size of at least 1, got 0"):
+    with pytest.raises(ValueError, match="batch_size is 0; expected at least 1"):
         CLIPScore(batch_size=0)
     with pytest.raises(ValueError, match="dtype is 'fp16'; expected one of float32, bfloat16, float16"):
         PickScore(dtype="fp16")

@@ -331,7 +331,7 @@ def test_a_model_that_is_not_served_is_a_sentence(server):
         ({"pattern": r"\d"}, ValueError, "one group, around the number"),
         ({"pattern": {}}, ValueError, "one group, around the number"),
         ({"concurrency": 0}, ValueError, "concurrency"),
-        ({"retries": -1}, ValueError, "retries >= 0"),
+        ({"retries": -1}, ValueError, "retries is -1; expected at least 0"),
     ],
 )
 def test_a_judge_that_cannot_work_is_refused_when_it_is_made(options, error, message):

@@ -1,12 +1,15 @@
-"""Numbers are checked where they are given: three sentences."""
+"""Numbers and choices are checked where they are given, each in one sentence."""
 
+from math import inf
 from numbers import Integral, Real
+from typing import Any, get_args
 
 
 def at_least(minimum: float, /, **values: float | None) -> None:
     """Raise unless every value is ``minimum`` or more; ``None`` is skipped.
 
-    An ``int`` as the bound (1) asks for whole numbers, a ``float`` (1.0) for any. NaN and ``True`` are no numbers here.
+    An ``int`` as the bound (1) asks for whole numbers, a ``float`` (1.0) for any. NaN, infinity and ``True`` are no
+    numbers here.
 
     Raises:
         ValueError: naming the first value outside.
@@ -56,9 +59,26 @@ def within(low: float, high: float, /, **values: float | None) -> None:
             raise ValueError(f"{name} is {value!r}; expected {_kind(low)} from {low} to {high}")
 
 
-def _number(value: object, bound: float) -> bool:
-    """Is this a number of the bound's kind?"""
-    return isinstance(value, Integral if isinstance(bound, int) else Real) and not isinstance(value, bool)
+def one_of(choices: Any, **values: str | None) -> None:  # noqa: ANN401 - a Literal has no type of its own
+    """Raise unless every value is one of a ``Literal``; ``None`` is skipped.
+
+    Raises:
+        ValueError: naming the first value that is none.
+
+    >>> from typing import Literal
+    >>> one_of(Literal["nan", "raise"], on_failure="ignore")
+    Traceback (most recent call last):
+    ValueError: on_failure is 'ignore'; expected one of nan, raise
+    """
+    for name, value in values.items():
+        if value is not None and value not in get_args(choices):
+            raise ValueError(f"{name} is {value!r}; expected one of {', '.join(get_args(choices))}")
+
+
+def _number(value: Any, bound: float) -> bool:  # noqa: ANN401
+    """Is this a finite number of the bound's kind?"""
+    kind: Any = Integral if isinstance(bound, int) else Real
+    return isinstance(value, kind) and not isinstance(value, bool) and bool(-inf < value < inf)
 
 
 def _kind(bound: float) -> str:

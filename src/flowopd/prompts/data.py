@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from jsonargparse import auto_cli
 
+from flowopd.core.ranges import at_least
 from flowopd.prompts.files import write
 from flowopd.prompts.geneval import GenEvalPrompts, official
 from flowopd.prompts.ocr import OCRPrompts, parse
@@ -120,8 +121,7 @@ def compbench(out: Path, category: Category = "all", source: str | None = None, 
 
 
 def _number(count: int | None, default: int) -> int:
-    if count is not None and count < 1:
-        raise ValueError(f"expected a count of at least 1, got {count}")
+    at_least(1, count=count)
     return count or default
 
 

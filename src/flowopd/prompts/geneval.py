@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from flowopd.core.ranges import at_least, within
+from flowopd.core.ranges import at_least, one_of, within
 from flowopd.prompts.base import shuffled_passes
 from flowopd.prompts.files import PromptFile, jsonl
-from flowopd.prompts.splits import Split, check_split, other
+from flowopd.prompts.splits import Split, other
 from flowopd.records import Prompt
 
 OBJECTS = (  # the classes of COCO in their order, some renamed
@@ -70,7 +70,7 @@ class GenEvalPrompts:
         max_count: int = 4,
         exclude: str | None = None,
     ) -> None:
-        check_split(self, split)
+        one_of(Split, split=split)
         if split == "test" and (tags, objects, max_count, exclude) != (None, None, 4, None):
             raise ValueError("GenEval's test split is fixed; tags, objects, max_count and exclude are for training")
         self.split = split
@@ -81,7 +81,7 @@ class GenEvalPrompts:
         within(2, len(NUMBERS) - 1, max_count=max_count)
         self.excluded = [*official(), *(PromptFile(exclude, task).prompts if exclude else [])]
         self._texts = {prompt.text for prompt in self.excluded}
-        self._pictures = {picture(prompt) for prompt in self.excluded if "include" in prompt.metadata}
+        self._pictures = {_read_picture(prompt) for prompt in self.excluded if "include" in prompt.metadata}
 
     def divided(self) -> tuple[GenEvalPrompts, GenEvalPrompts]:
         """This split, and the other one."""
@@ -113,9 +113,9 @@ class GenEvalPrompts:
 def _shares(tags: Mapping[str, float]) -> dict[str, float]:
     if unknown := sorted(set(tags) - set(TRAINED)):
         raise ValueError(f"GenEval trains on {', '.join(TRAINED)}, got {unknown}")
-    total = sum(tags.values())
-    if min(tags.values()) < 0 or total <= 0:
-        raise ValueError(f"expected shares of at least 0 and one above, got {dict(tags)}")
+    at_least(0.0, **{f"share of {tag}": share for tag, share in tags.items()})
+    if not (total := sum(tags.values())):
+        raise ValueError(f"one share at least must be above 0, got {dict(tags)}")
     return {tag: share / total for tag, share in tags.items()}
 
 
@@ -138,6 +138,14 @@ def picture(prompt: Prompt) -> tuple[Any, ...]:
     if relation in ("right of", "below"):
         here, relation, there = there, MIRRORED[relation], here
     return (prompt.metadata["tag"], here, relation, there)
+
+
+def _read_picture(prompt: Prompt) -> tuple[Any, ...]:
+    """``picture`` of a prompt from a user's file."""
+    try:
+        return picture(prompt)
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
+        raise ValueError(f"excluded prompt {prompt.text!r} has an 'include', but not as GenEval's files do") from error
 
 
 @cache

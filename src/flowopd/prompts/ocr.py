@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 from unicodedata import category, normalize
 
-from flowopd.core.ranges import at_least
+from flowopd.core.ranges import at_least, one_of
 from flowopd.prompts import splits
-from flowopd.prompts.splits import Split, check_split, other
+from flowopd.prompts.splits import Split, other
 from flowopd.records import Prompt
 
 ALIKE = str.maketrans("‘’‚‛′“”„‟‐‒–—―−⁄", "'''''\"\"\"\"------/")  # noqa: RUF001 - to a reader
@@ -33,7 +33,7 @@ class OCRPrompts:
     """
 
     def __init__(self, split: Split = "train", task: str = "ocr") -> None:
-        check_split(self, split)
+        one_of(Split, split=split)
         self.split = split
         self.task = task
 

@@ -1,7 +1,7 @@
 """What is trained on, and what is held out: apart by construction."""
 
 from collections.abc import Mapping
-from typing import Literal, Protocol, get_args, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 from zlib import crc32
 
 from flowopd.core.seeds import seed_of
@@ -20,16 +20,6 @@ class Divisible(PromptSource, Protocol):
     def divided(self) -> tuple[PromptSource, PromptSource]:
         """A source to train on, and one of what it never draws."""
         ...
-
-
-def check_split(source: object, split: str) -> None:
-    """Raise unless ``split`` is one.
-
-    Raises:
-        ValueError: if it is not.
-    """
-    if split not in get_args(Split):
-        raise ValueError(f"{type(source).__name__} knows the splits {get_args(Split)}, got {split!r}")
 
 
 def other(split: Split) -> Split:

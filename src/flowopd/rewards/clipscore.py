@@ -6,10 +6,11 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 
+from flowopd.core.ranges import one_of
 from flowopd.records import Prompt
 from flowopd.rewards.base import Scores
 from flowopd.rewards.clip import CLIP, OPENAI_L14, Resize, cropped, shared_clip
-from flowopd.rewards.model import ModelReward, Precision, check_choice
+from flowopd.rewards.model import ModelReward, Precision
 
 
 class CLIPScore(ModelReward):
@@ -42,7 +43,7 @@ class CLIPScore(ModelReward):
         super().__init__(batch_size, offload, dtype)
         self.clip = clip
         self.clip_revision = clip_revision
-        check_choice("resize", resize, Resize)
+        one_of(Resize, resize=resize)
         self.resize = resize
         self._clip: CLIP
 

@@ -7,12 +7,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from threading import RLock
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
 
+from flowopd.core.ranges import at_least, one_of
 from flowopd.records import Prompt
 from flowopd.rewards.base import Scores, as_bytes
 
@@ -35,9 +36,8 @@ class ModelReward(ABC):
     """
 
     def __init__(self, batch_size: int = 16, offload: bool = False, dtype: Precision = "float32") -> None:
-        if batch_size < 1:
-            raise ValueError(f"expected a batch_size of at least 1, got {batch_size}")
-        check_choice("dtype", dtype, Precision)
+        at_least(1, batch_size=batch_size)
+        one_of(Precision, dtype=dtype)
         self.batch_size = batch_size
         self.offload = offload
         self.dtype = dtype
@@ -91,16 +91,6 @@ class ModelReward(ABC):
     def score(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Scores (B,), float32, on the images' device."""
         return self.detail(images, prompts).value
-
-
-def check_choice(name: str, value: str, choices: Any) -> None:  # noqa: ANN401 - a Literal
-    """Raise unless a value is one of a ``Literal``; the command line checks this, other callers may err.
-
-    Raises:
-        ValueError: if it is not.
-    """
-    if value not in get_args(choices):
-        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(get_args(choices))}")
 
 
 def weights_file(path: str, name: str, revision: str | None, source: str) -> Path:

@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
+from flowopd.core.ranges import at_least
 from flowopd.tiles.glyphs import COLOURS, GRID, SHAPES, SIZE, SPRITES, draw
 from flowopd.tiles.rewards import Composition, Crispness, Text
 from flowopd.tiles.world import NUMBERS, TASKS, Task, TilesPrompts, render
@@ -176,6 +177,8 @@ def autoencoder(out: Path, updates: int = 2400, seed: int = 0) -> None:
         updates: optimiser updates, batches of 24 canvases.
         seed: of the initial weights and of the canvases.
     """
+    at_least(1, updates=updates)
+    at_least(0, seed=seed)
     torch.manual_seed(seed)
     model = vae()
     train(model, updates, seed)
@@ -194,6 +197,8 @@ def score(folder: Path, count: int = 256, num_steps: int = 10, seed: int = 0) ->
         num_steps: Euler steps of a linear grid, σ = 1, 1 - 1/n, …, 1/n.
         seed: of prompts and of starting noise.
     """
+    at_least(1, count=count, num_steps=num_steps)
+    at_least(0, seed=seed)
     print(drawing_scores(load(folder), count, num_steps, seed))
 
 

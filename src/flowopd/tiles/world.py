@@ -13,9 +13,9 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from flowopd.core.ranges import at_least
+from flowopd.core.ranges import at_least, one_of
 from flowopd.prompts import splits
-from flowopd.prompts.splits import Split, check_split, other
+from flowopd.prompts.splits import Split, other
 from flowopd.records import Prompt
 from flowopd.tiles.glyphs import COLOURS, GRID, LETTERS, SHAPES, code, draw
 
@@ -99,9 +99,8 @@ class TilesPrompts:
     """
 
     def __init__(self, task: Task, split: Split = "train") -> None:
-        if task not in TASKS:
-            raise ValueError(f"TilesPrompts knows the tasks {TASKS}, got {task!r}")
-        check_split(self, split)
+        one_of(Task, task=task)
+        one_of(Split, split=split)
         self.task = task
         self.split = split
 

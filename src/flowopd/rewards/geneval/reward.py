@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from flowopd.core.ranges import one_of
 from flowopd.prompts.geneval import TAGS
 from flowopd.records import Prompt
 from flowopd.rewards.base import Scores, as_bytes
@@ -25,7 +26,7 @@ from flowopd.rewards.geneval.verdicts import (
     strict,
     to_color,
 )
-from flowopd.rewards.model import ModelReward, Precision, check_choice
+from flowopd.rewards.model import ModelReward, Precision
 
 
 class GenEval(ModelReward):
@@ -61,8 +62,8 @@ class GenEval(ModelReward):
         offload: bool = False,
     ) -> None:
         super().__init__(batch_size, offload, dtype)
-        check_choice("verdict", verdict, Verdict)
-        check_choice("compat", compat, Compat)
+        one_of(Verdict, verdict=verdict)
+        one_of(Compat, compat=compat)
         self.detector = detector
         self.revision = revision
         self.clip = clip

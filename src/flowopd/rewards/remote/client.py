@@ -11,6 +11,7 @@ import requests
 import torch
 from torch import Tensor
 
+from flowopd.core.ranges import at_least, one_of
 from flowopd.records import Prompt
 from flowopd.rewards.base import Scores, as_bytes
 from flowopd.rewards.remote.http import (
@@ -18,6 +19,7 @@ from flowopd.rewards.remote.http import (
     OnFailure,
     Unanswered,
     address,
+    check_patience,
     exchange,
     key_in,
     new_session,
@@ -55,8 +57,9 @@ class RemoteReward:
         on_failure: OnFailure = "nan",
         batch_size: int = 16,
     ) -> None:
-        if timeout <= 0 or retries < 0 or batch_size < 1:
-            raise ValueError("expected timeout > 0, retries >= 0 and batch_size >= 1")
+        check_patience(timeout, retries)
+        at_least(1, batch_size=batch_size)
+        one_of(OnFailure, on_failure=on_failure)
         self.url = address(url, "a reward server, such as http://127.0.0.1:8080")
         self.api_key_env = api_key_env
         self.timeout = timeout

@@ -15,6 +15,8 @@ from requests.adapters import HTTPAdapter
 from torch import Tensor
 from urllib3.util import Retry
 
+from flowopd.core.ranges import at_least, within
+
 log = logging.getLogger(__name__)
 
 RETRIED = {408, 429, *range(500, 600)}
@@ -32,6 +34,16 @@ class Unanswered(Exception):
     def __init__(self, reason: str, status: int | None = None) -> None:
         super().__init__(reason)
         self.status = status
+
+
+def check_patience(timeout: float, retries: int) -> None:
+    """Raise unless a request may take some seconds, a day at most, and be repeated 0 times or more.
+
+    Raises:
+        ValueError: naming the number.
+    """
+    within(0.001, 86_400.0, timeout=timeout)
+    at_least(0, retries=retries)
 
 
 def address(url: str, whose: str) -> str:

@@ -15,9 +15,20 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as vision
 
+from flowopd.core.ranges import above, at_least, one_of
 from flowopd.records import Prompt
 from flowopd.rewards.base import Scores, as_bytes
-from flowopd.rewards.remote.http import OnFailure, Unanswered, address, exchange, key_in, new_session, png, tell
+from flowopd.rewards.remote.http import (
+    OnFailure,
+    Unanswered,
+    address,
+    check_patience,
+    exchange,
+    key_in,
+    new_session,
+    png,
+    tell,
+)
 
 FOLDER = Path(__file__).parent / "rubrics"
 NUMBER = r"[\s*]*([1-5](?:\.\d+)?)(?!\d)"  # "4", "**4.5", not "45"
@@ -87,8 +98,10 @@ class Judge:
         api_key_env: str | None = None,
         on_failure: OnFailure = "nan",
     ) -> None:
-        if concurrency < 1 or retries < 0 or timeout <= 0 or scale <= 0 or max_tokens < 1:
-            raise ValueError("expected concurrency and max_tokens >= 1, retries >= 0, timeout and scale > 0")
+        check_patience(timeout, retries)
+        at_least(1, concurrency=concurrency, max_tokens=max_tokens, resize=resize)
+        above(0.0, scale=scale)
+        one_of(OnFailure, on_failure=on_failure)
         self.base_url = address(base_url, "a server, such as http://127.0.0.1:8001/v1")
         self.model = model
         self.template = _text(template)

@@ -33,7 +33,7 @@ from jsonargparse.typing import PositiveFloat, PositiveInt
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from flowopd.core.ranges import within
+from flowopd.core.ranges import above, at_least, within
 from flowopd.records import Prompt
 from flowopd.rewards.base import Reward, Scores, detailed
 from flowopd.rewards.remote.client import PROTOCOL, VERSION
@@ -236,6 +236,8 @@ def serve(
         workers: processes per device.
         timeout: seconds that a request may wait for a free worker.
     """
+    at_least(1, devices=devices, workers=workers)
+    above(0.0, timeout=timeout)
     options = {"accelerator": accelerator, "devices": devices, "workers_per_device": workers, "timeout": timeout}
     server = _server(config, key_in(api_key_env), options)
     _check_free(host, port)

@@ -18,6 +18,7 @@ from torch.distributions import MultivariateNormal, kl_divergence
 from flowopd.core import (
     ODE,
     Anchored,
+    CleanPicture,
     ClippedSurrogate,
     ExactKL,
     FlowMatching,
@@ -27,10 +28,13 @@ from flowopd.core import (
     Released,
     ReleasedKL,
     ReturnToGo,
+    SelfNormalisedDistance,
     StateRewardSurrogate,
     Transition,
     TransitionKL,
     Uniform,
+    WeightedSum,
+    clean_from_velocity,
 )
 from flowopd.core.objectives import importance_ratio, labels_of
 
@@ -212,6 +216,8 @@ EVERY = [
     StateRewardSurrogate(),
     ReleasedKL(),
     Anchored(ClippedSurrogate()),
+    SelfNormalisedDistance(),
+    WeightedSum([ClippedSurrogate(), Anchored(ReturnToGo()), TransitionKL()], [0.3, 2.0, 1.0]),
 ]
 every_objective = pytest.mark.parametrize("objective", EVERY, ids=lambda objective: type(objective).__name__)
 
@@ -226,7 +232,7 @@ def visited(theta: Tensor = STUDENT, **facts: Tensor | None) -> tuple[Transition
 
 
 def gradient(objective, student: Transition, labels: Labels, theta: Tensor) -> Tensor:
-    return torch.autograd.grad(objective.loss(student, labels)[0], theta)[0]
+    return torch.autograd.grad(objective.loss(student, labels)[0], theta, retain_graph=True)[0]
 
 
 @pytest.fixture
@@ -355,3 +361,78 @@ def test_a_deterministic_step_can_be_distilled_by_distance_only(theta):
     assert TransitionKL(Uniform()).loss(student, labels)[0] > 0
     with pytest.raises(ValueError, match="deterministic step"):
         TransitionKL().loss(student, labels)
+
+
+# ------------------------------------------------------------------------------------------------------ self-normalised
+
+
+def test_the_self_normalised_clean_distance_is_that_of_the_predicted_pictures(theta):
+    """mean (x̂ - x̂_T)² / mean |x̂ - x̂_T| of each row, x̂ = x - σ·v."""
+    student, labels = visited(theta)
+    x = torch.randn_like(student.velocity)
+    error = clean_from_velocity(x, student.velocity, student.sigma) - clean_from_velocity(
+        x, labels.target, student.sigma
+    )
+    loss, _ = SelfNormalisedDistance(CleanPicture()).loss(student, labels)
+    torch.testing.assert_close(loss, ((error**2).mean(1) / error.abs().mean(1)).mean())
+
+
+@pytest.mark.parametrize("weighting", [CleanPicture(), Uniform(), ExactKL()], ids=["clean", "uniform", "exact"])
+def test_self_normalising_divides_every_row_s_gradient_by_its_mean_absolute_error(theta, weighting):
+    student, labels = visited(theta)
+    error = weighting.weight(student).sqrt()[:, None] * (student.velocity - labels.target)
+    rows = [torch.autograd.grad(row, theta, retain_graph=True)[0] for row in (error**2).mean(1)]
+    expected = sum(row / size for row, size in zip(rows, error.detach().abs().mean(1), strict=True)) / ROWS
+    torch.testing.assert_close(gradient(SelfNormalisedDistance(weighting), student, labels, theta), expected)
+
+
+def test_self_normalised_a_smaller_error_asks_for_as_much(theta):
+    student, labels = visited(theta)
+    near = replace(labels, target=(student.velocity + 1e-3 * (labels.target - student.velocity)).detach())
+    pulls = [gradient(SelfNormalisedDistance(), student, facts, theta) for facts in (labels, near)]
+    plain = [gradient(TransitionKL(), student, facts, theta) for facts in (labels, near)]
+    torch.testing.assert_close(pulls[1], pulls[0])
+    torch.testing.assert_close(plain[1], 1e-3 * plain[0])
+
+
+# ---------------------------------------------------------------------------------------------------------------- a sum
+
+
+@DIMENSIONS
+def test_the_gradient_of_a_sum_is_the_weighted_sum_of_gradients(dimensions):
+    walk = Walk(dimensions)
+    parts = [TransitionKL(), ReturnToGo(pathwise=False)]
+    whole, half = (walk.expected_gradient(WeightedSum(parts, weights)) for weights in ([1.0, 1.0], [0.5, 1.0]))
+    torch.testing.assert_close(whole, walk.whole())
+    torch.testing.assert_close(half, walk.whole() - 0.5 * walk.pathwise())
+
+
+@pytest.mark.parametrize("around", [True, False], ids=["anchored sum", "sum of an anchored"])
+def test_reward_and_distillation_add_with_an_anchor_inside_or_outside(theta, around):
+    student, labels = visited(theta)
+    reward, teacher = ClippedSurrogate(), TransitionKL(Uniform())
+    found = (
+        Anchored(WeightedSum([reward, teacher], [0.1, 2.0]), strength=0.3)
+        if around
+        else WeightedSum([Anchored(reward, strength=3.0), teacher], [0.1, 2.0])
+    )
+    assert labels_of(found) == {"x_next", "log_prob_old", "advantage", "target", "anchor"}
+    pull = TransitionKL(ExactKL())
+    expected = 0.1 * gradient(reward, student, labels, theta) + 2.0 * gradient(teacher, student, labels, theta)
+    expected += 0.3 * gradient(pull, student, replace(labels, target=labels.anchor), theta)
+    torch.testing.assert_close(gradient(found, student, labels, theta), expected)
+
+
+def test_every_metric_of_a_sum_is_kept_under_a_name_of_its_own(theta):
+    student, labels = visited(theta)
+    parts = [WeightedSum([TransitionKL(), TransitionKL(Uniform())]), LogRatioSurrogate(), ClippedSurrogate()]
+    found = WeightedSum(parts).loss(student, labels)[1]
+    expected = {"distill": TransitionKL(), "distill_2": TransitionKL(Uniform()), "distill_3": LogRatioSurrogate()}
+    for stage, part in expected.items():
+        assert found[f"{stage}/loss"] == part.loss(student, labels)[1]["distill/loss"]
+    assert len(found) == sum(len(part.loss(student, labels)[1]) for part in parts)
+
+
+def test_weights_and_objectives_of_a_sum_are_as_many():
+    with pytest.raises(ValueError, match="there are 1 weights for 2 objectives; expected one each"):
+        WeightedSum([TransitionKL(), FlowMatching()], [1.0])

@@ -5,6 +5,7 @@ import torch
 
 from flowopd.core import (
     ODE,
+    CleanPicture,
     DanceSDE,
     Dynamics,
     ExactKL,
@@ -14,6 +15,7 @@ from flowopd.core import (
     ShiftedSchedule,
     Transition,
     Uniform,
+    clean_from_velocity,
 )
 
 GRID = ShiftedSchedule().sigmas(10).double()
@@ -61,6 +63,13 @@ def test_a_deterministic_step_has_no_kl_weight(weighting):
         weighting.weight(trained_steps(ODE()))
 
 
-@pytest.mark.parametrize("weighting", [Uniform(), ODEDistance()], ids=["uniform", "ode"])
+def test_the_clean_weight_makes_the_distance_that_of_the_predicted_pictures():
+    student, velocity, x = trained_steps(FlowSDE(0.7)), *torch.randn(2, 9, 3, 4, 4, dtype=torch.float64)
+    distance = ((student.velocity - velocity) ** 2).mean((1, 2, 3))
+    clean, other = (clean_from_velocity(x, v, student.sigma) for v in (student.velocity, velocity))
+    torch.testing.assert_close(CleanPicture().weight(student) * distance, ((clean - other) ** 2).mean((1, 2, 3)))
+
+
+@pytest.mark.parametrize("weighting", [Uniform(), ODEDistance(), CleanPicture()], ids=["uniform", "ode", "clean"])
 def test_the_other_weights_do_without_noise(weighting):
     assert (weighting.weight(trained_steps(ODE())) > 0).all()

@@ -13,17 +13,20 @@ from flowopd.core.objectives import (
     Objective,
     ReleasedKL,
     ReturnToGo,
+    SelfNormalisedDistance,
     StateRewardSurrogate,
     TransitionKL,
+    WeightedSum,
 )
 from flowopd.core.paths import clean_from_velocity, interpolate, noise_from_velocity, velocity_from
 from flowopd.core.schedules import LinearSchedule, Schedule, ShiftedSchedule
-from flowopd.core.weights import ExactKL, ODEDistance, Released, Uniform, Weighting
+from flowopd.core.weights import CleanPicture, ExactKL, ODEDistance, Released, Uniform, Weighting
 
 __all__ = [
     "CPS",
     "ODE",
     "Anchored",
+    "CleanPicture",
     "ClippedSurrogate",
     "DanceSDE",
     "Dynamics",
@@ -41,11 +44,13 @@ __all__ = [
     "ReleasedKL",
     "ReturnToGo",
     "Schedule",
+    "SelfNormalisedDistance",
     "ShiftedSchedule",
     "StateRewardSurrogate",
     "Transition",
     "TransitionKL",
     "Uniform",
+    "WeightedSum",
     "Weighting",
     "clean_from_velocity",
     "guided",

@@ -9,6 +9,7 @@ to 1. A policy gradient of the KL needs the total log-ratio as its advantage, so
     E[ D · A · ∇ρ ] = E[ (D·A) · ∇(log p / D) ],      ∇ of nats per latent dimension.
 """
 
+import itertools
 import math
 from dataclasses import dataclass, fields
 from typing import Protocol, runtime_checkable
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from flowopd.core.dynamics import Transition
 from flowopd.core.tensors import row_mean, same_shape
-from flowopd.core.weights import ExactKL, Released, Weighting
+from flowopd.core.weights import CleanPicture, ExactKL, Released, Weighting
 
 Metrics = dict[str, Tensor]
 
@@ -275,6 +276,95 @@ class Anchored:
         distance = squared_error(student, required(labels, "anchor"))
         pull = (self.weighting.weight(student) * distance).mean()
         return loss + self.strength * pull, metrics | {"anchor/loss": pull.detach()}
+
+
+class SelfNormalisedDistance:
+    """A squared distance to the teacher that counts as an absolute one: every row is divided by its own size.
+
+        e = √w(σ) · (v_θ - v_teacher),   L = mean_b  mean e² / sg(mean |e|),    mean over C, H, W of a row
+
+    sg passes no gradient, so a row's gradient has the direction of the weighted squared error's, and a length that does
+    not shrink as the error does. With ``CleanPicture`` weights e is the error of the clean picture, with ``ExactKL``
+    that of the step's mean in units of √2 std, with ``Uniform`` that of the velocity. Gradient: through v_θ only.
+
+    Args:
+        weighting: w, the space in which the error is measured.
+        floor: smallest divisor.
+
+    References:
+        DiffusionNFT (arXiv 2509.16117) divides the error of the clean picture so.
+
+    >>> from flowopd.core import ODE
+    >>> x, sigma = torch.zeros(1, 1, 1, 2), torch.tensor([0.5])
+    >>> student = ODE().step(x, torch.tensor([[[[3.0, -1.0]]]]), sigma, sigma / 2)
+    >>> SelfNormalisedDistance().loss(student, Labels(target=x))[0]  # e = 1.5, -0.5:  1.25 / 1
+    tensor(1.2500)
+    """
+
+    needs = frozenset({"target"})
+
+    def __init__(self, weighting: Weighting | None = None, floor: float = 1e-5) -> None:
+        self.weighting = weighting or CleanPicture()
+        self.floor = floor
+
+    def loss(self, student: Transition, labels: Labels) -> tuple[Tensor, Metrics]:
+        """Return the normalised distance to ``labels.target``."""
+        target = required(labels, "target")
+        distance, weight = squared_error(student, target), self.weighting.weight(student)
+        size = weight.sqrt() * row_mean((student.velocity - target).detach().abs())
+        loss = (weight * distance / size.clamp(min=self.floor)).mean()
+        return loss, {"distill/loss": loss.detach(), "distill/velocity_mse": distance.detach().mean()}
+
+
+class WeightedSum:
+    """Several objectives on the same states,  L = Σ_k w_k · L_k;  its gradient is Σ_k w_k · ∇L_k.
+
+    Such as reward and distillation together: a clipped surrogate of the advantage, and the distance to the teacher.
+    Metrics keep their names; where two objectives share one, that of the second is of the stage ``<stage>_2``.
+
+    Args:
+        objectives: what is summed.
+        weights: w_k; default: 1 each.
+
+    Raises:
+        ValueError: if there are not as many weights as objectives.
+
+    References:
+        The ``mixed`` mode of Flow-OPD's released code (arXiv 2605.08063): task advantage and KL to the teacher.
+
+    >>> from flowopd.core import ODE, Uniform
+    >>> x, sigma = torch.ones(1, 1, 1, 1), torch.tensor([0.5])
+    >>> student, labels = ODE().step(x, 3 * x, sigma, sigma / 2), Labels(target=x)
+    >>> loss, metrics = WeightedSum([TransitionKL(Uniform()), FlowMatching()], [1.0, 0.5]).loss(student, labels)
+    >>> loss, list(metrics)
+    (tensor(6.), ['distill/loss', 'distill/velocity_mse', 'flow_matching/loss'])
+    """
+
+    def __init__(self, objectives: list[Objective], weights: list[float] | None = None) -> None:
+        self.objectives = objectives
+        self.weights = weights or [1.0] * len(objectives)
+        self.needs = frozenset[str]().union(*map(labels_of, objectives))
+        if len(self.weights) != len(objectives):
+            raise ValueError(
+                f"there are {len(self.weights)} weights for {len(objectives)} objectives; expected one each"
+            )
+
+    def loss(self, student: Transition, labels: Labels) -> tuple[Tensor, Metrics]:
+        """Return the sum, and the metrics of every objective."""
+        total = torch.zeros_like(student.sigma[0])
+        metrics: Metrics = {}
+        for weight, objective in zip(self.weights, self.objectives, strict=True):
+            loss, found = objective.loss(student, labels)
+            total = total + weight * loss
+            metrics |= {_free(name, metrics): value for name, value in found.items()}
+        return total, metrics
+
+
+def _free(name: str, taken: Metrics) -> str:
+    """The name, or the first of ``<stage>_2/quantity``, ``<stage>_3/quantity``, ... that nobody has."""
+    stage, quantity = name.split("/", 1)
+    names = itertools.chain([name], (f"{stage}_{number}/{quantity}" for number in itertools.count(2)))
+    return next(free for free in names if free not in taken)
 
 
 def labels_of(objective: Objective) -> frozenset[str]:

@@ -64,3 +64,17 @@ class Released(ExactKL):
     def weight(self, step: Transition) -> Tensor:
         """Return (B,) factors of the mean squared velocity error."""
         return super().weight(step) * (step.sigma - step.sigma_next)
+
+
+class CleanPicture:
+    """w = σ²: the squared distance of the clean pictures that two velocities predict,  x̂ = x - σ · v.
+
+    >>> from flowopd.core import ODE
+    >>> x, sigma = torch.ones(2, 1, 1, 1), torch.tensor([1.0, 0.5])
+    >>> CleanPicture().weight(ODE().step(x, x, sigma, sigma / 2))
+    tensor([1.0000, 0.2500])
+    """
+
+    def weight(self, step: Transition) -> Tensor:
+        """Return (B,) factors of the mean squared velocity error."""
+        return step.sigma**2

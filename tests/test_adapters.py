@@ -641,9 +641,9 @@ def test_teachers_of_equal_tensors_and_different_strength_are_two(fresh, state, 
     second = edit(shutil.copytree(first, tmp_path / "second"), **change)
     callbacks = [TeacherCallback(["red"], LoRATeacher(str(folder))) for folder in (first, second)]
     for callback in callbacks:
-        callback.teacher.attach(fresh)
+        callback.role.teacher.attach(fresh)
     assert len(adapter_names(fresh.network)) == 2
-    assert not torch.equal(*(callback.teacher.velocity(*state) for callback in callbacks))
+    assert not torch.equal(*(callback.role.teacher.velocity(*state) for callback in callbacks))
     with pytest.raises(ValueError, match="changed since the checkpoint"):
         callbacks[1].load_state_dict(callbacks[0].state_dict())
 

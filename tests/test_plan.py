@@ -175,10 +175,10 @@ def test_sft_samples_by_the_teachers(tiny_pipeline):
 def test_counting_leaves_the_recipe_as_it_was(tiny_pipeline):
     policy, data = tiny.policy(OPDStudent, tiny_pipeline), tiny.data()
     callbacks = [teacher("red")]
-    own, reward = policy.backbone, callbacks[0].teacher
+    own, reward = policy.backbone, callbacks[0].role.teacher
     count_forwards(policy, data, callbacks, ranks=2)
     assert policy.backbone is own
-    assert callbacks[0].teacher is reward
+    assert callbacks[0].role.teacher is reward
     assert (data.prompts_per_iteration, data.iteration, "log_dict" in vars(policy)) == (4, 0, False)
     with pytest.raises(RuntimeError):
         _ = own.network  # nothing was read

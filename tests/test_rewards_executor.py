@@ -12,6 +12,7 @@ from ranks import run_ranks
 from flowopd.records import Prompt
 from flowopd.rewards import Scores
 from flowopd.rewards.executor import Executor
+from flowopd.rewards.scorer import Scorer
 from flowopd.training import GRPOTeacher, RewardCallback
 
 PROMPTS = [Prompt("red 1", "red"), Prompt("red 2", "red")]
@@ -153,13 +154,13 @@ def test_a_chunk_is_scored_while_the_next_is_sampled(tiny_pipeline, tmp_path, mo
             seen.append(begun.wait(20))
             return super().score(images, prompts)
 
-    rollouts, draw = [], GRPOTeacher.rollout
+    rollouts, drawn = [], GRPOTeacher.rollout
 
-    def rollout(self, prompts, noise):
-        rollouts.append(prompts)
+    def rollout(self, draw):
+        rollouts.append(draw)
         if len(rollouts) > 1:
             begun.set()
-        return draw(self, prompts, noise)
+        return drawn(self, draw)
 
     monkeypatch.setattr(GRPOTeacher, "rollout", rollout)
     fit(tmp_path, tiny_pipeline, RewardCallback("a", Patient(), background=True))
@@ -210,16 +211,25 @@ def test_a_failed_score_has_no_advantage_and_leaves_the_batch_alone(tiny_pipelin
     assert all(value.isfinite().all() for value in policy.student().tensors.values())
 
 
-def test_a_reward_that_fails_altogether_moves_nothing(tiny_pipeline, tmp_path):
-    class Gone:
-        def score(self, images, prompts):
-            return torch.full((len(images),), torch.inf)  # as good as no number
+class Gone:
+    """A reward that never gives a number."""
 
-    tensors, figures = fit(tmp_path, tiny_pipeline, RewardCallback("a", Gone()))
-    assert figures["reward/a/failed"] == 16
-    assert figures["reward/equal_groups"] == 1
-    moved = [name for name, value in tensors.items() if "lora_B" in name and value.any()]
-    assert not moved
+    def score(self, images, prompts):
+        return torch.full((len(images),), torch.inf)  # as good as none
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_an_iteration_that_a_reward_cannot_judge_at_all_ends_the_run(tiny_pipeline, tmp_path, background):
+    rewards = [RewardCallback("good", tiny.Brightness()), RewardCallback("a", Gone(), background=background)]
+    with pytest.raises(ValueError, match=r"^reward 'a' failed for all 16 pictures that it was asked about"):
+        fit(tmp_path, tiny_pipeline, *rewards)
+
+
+def test_one_task_s_failure_leaves_the_others_rows_alone(tiny_pipeline, tmp_path):
+    """A reward of another task, and parts that are not there, were never asked: no failure."""
+    callbacks = [RewardCallback("a", Detailed()), RewardCallback("none", Gone(), weight=0.0)]
+    _, figures = fit(tmp_path, tiny_pipeline, *callbacks)
+    assert not [name for name in figures if name.endswith("failed")]
 
 
 def test_ranks_that_met_different_parts_log_the_same(tiny_pipeline, tmp_path):
@@ -266,10 +276,23 @@ def test_too_many_failures_in_an_evaluation_are_told(tiny_pipeline, tmp_path, ca
     assert 0 < scores["val/a"] < 1
 
 
-def test_scores_of_another_shape_are_refused(tiny_pipeline, tmp_path):
-    class Square:
-        def score(self, images, prompts):
-            return torch.zeros(len(images), 1)
+ANSWERS = {  # what a reward answers for four images, and what is said of it
+    "a list": ([0.5] * 4, r"Odd.score returned a list; expected a tensor of shape \(4,\)"),
+    "a number": (0.5, r"Odd.score returned a float; expected a tensor of shape \(4,\)"),
+    "nothing": (None, r"Odd.score returned a NoneType"),
+    "one score": (torch.zeros(1), r"Odd.score returned torch.float32 of shape \(1,\)"),
+    "one number": (torch.tensor(0.5), r"Odd.score returned torch.float32 of shape \(\)"),
+    "a column": (torch.zeros(4, 1), r"Odd.score returned torch.float32 of shape \(4, 1\)"),
+}
 
-    with pytest.raises(ValueError, match=r"Square.score returned torch.float32 of shape \(16, 1\); expected .*\(16,\)"):
-        fit(tmp_path, tiny_pipeline, RewardCallback("a", Square()))
+
+@pytest.mark.parametrize("kind", ANSWERS)
+def test_what_is_not_one_score_per_image_is_refused(kind):
+    answer, said = ANSWERS[kind]
+
+    class Odd:
+        def score(self, images, prompts):
+            return answer
+
+    with pytest.raises(ValueError, match=said):
+        Scorer("a", Odd()).score(torch.rand(4, 3, 8, 8), PROMPTS * 2)

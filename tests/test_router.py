@@ -22,12 +22,12 @@ class Times:
 ROUTES = {"all": "rgbr", "one": "gggg", "two": "rggr", "single row": "b"}
 
 
-def route(tasks: str, in_step: bool):
+def route(tasks: str, lockstep: bool):
     teachers = {task: Times(factor) for task, factor in zip("rgb", (2.0, 3.0, 5.0), strict=True)}
     rows = len(tasks)
     cond = Conditioning(torch.zeros(rows, 1, 1), torch.zeros(rows, 1))
     x = torch.arange(1.0, rows + 1)[:, None, None, None]
-    velocity = Router(teachers, in_step).velocity(x, torch.ones(rows), cond, list(tasks))
+    velocity = Router(teachers, lockstep).velocity(x, torch.ones(rows), cond, list(tasks))
     factors = torch.tensor([teachers[task].factor for task in tasks])[:, None, None, None]
     torch.testing.assert_close(velocity, factors * x, rtol=0, atol=0)
     return {task: teacher.rows for task, teacher in teachers.items()}
@@ -35,17 +35,17 @@ def route(tasks: str, in_step: bool):
 
 @pytest.mark.parametrize("tasks", ROUTES.values(), ids=ROUTES)
 def test_every_row_finds_its_teacher_and_no_other_is_asked(tasks):
-    assert route(tasks, in_step=False) == {task: [tasks.count(task)] if task in tasks else [] for task in "rgb"}
+    assert route(tasks, lockstep=False) == {task: [tasks.count(task)] if task in tasks else [] for task in "rgb"}
 
 
 @pytest.mark.parametrize("tasks", ROUTES.values(), ids=ROUTES)
-def test_in_step_every_teacher_is_asked_once_if_need_be_in_vain(tasks):
-    assert route(tasks, in_step=True) == {task: [max(1, tasks.count(task))] for task in "rgb"}
+def test_lockstep_every_teacher_is_asked_once_if_need_be_in_vain(tasks):
+    assert route(tasks, lockstep=True) == {task: [max(1, tasks.count(task))] for task in "rgb"}
 
 
 def test_a_teacher_of_two_tasks_is_asked_once():
     teacher = Times(2.0)
     cond = Conditioning(torch.zeros(3, 1, 1), torch.zeros(3, 1))
-    router = Router({"r": teacher, "g": teacher, "b": Times(3.0)}, in_step=True)
+    router = Router({"r": teacher, "g": teacher, "b": Times(3.0)}, lockstep=True)
     router.velocity(torch.ones(3, 1, 1, 1), torch.ones(3), cond, ["r", "g", "r"])
     assert teacher.rows == [3]

@@ -167,8 +167,8 @@ def test_routing_that_differs_by_rank_keeps_the_ranks_in_step(tiny_pipeline, exp
         tasks = ["red", "green", "red", "red"] if trainer.global_rank == 0 else ["green"] * 4
         batch = data.few_held_out(2)
         cond, sigma = policy.backbone.encode([prompt.text for prompt in batch.prompts]), torch.full((4,), 0.5)
-        routed = policy.signals.router.velocity(batch.noise, sigma, cond, tasks)
-        alone = {task: callback.teacher for task, callback in zip(TASKS, policy.signals.teachers, strict=True)}
+        routed = policy.signals.teaching.router.velocity(batch.noise, sigma, cond, tasks)
+        alone = {task: role.teacher for task, role in zip(TASKS, policy.signals.teaching.roles, strict=True)}
         answers = {task: teacher.velocity(batch.noise, sigma, cond) for task, teacher in alone.items()}
         for row, task in enumerate(tasks):
             torch.testing.assert_close(routed[row], answers[task][row], rtol=0, atol=1e-5)

@@ -40,7 +40,7 @@ from flowopd.training import (
     RolloutDataModule,
     TeacherCallback,
 )
-from flowopd.training.signals import signals_of
+from flowopd.training.signals import signals_among
 
 ADAM = partial(torch.optim.AdamW, lr=1e-2)
 RED = partial(RewardCallback, "red", tiny.Brightness(0))
@@ -148,15 +148,18 @@ def score(policy, data, run) -> float:
     return trainer.validate(policy, data, verbose=False)[0]["val/red"]
 
 
-def test_the_training_reward_is_the_weighted_sum_of_the_scores(tmp_path):
+def test_the_training_reward_is_the_weighted_sum_of_the_scores():
     quality = RewardCallback("quality", tiny.Brightness(2), weight=0.2)
     callbacks = [RED(tasks=["red"], weight=0.8), GREEN(tasks=["green"], weight=0.8), quality]
     images, prompts = torch.rand(3, 3, 8, 8), [Prompt("", task) for task in ("red", "green", "red")]
-    signals = signals_of(tiny.trainer(tmp_path, callbacks))
-    total, scores = signals.training_reward(images, prompts)
+    judging = signals_among(callbacks).judging
+    scores = judging.detail(images, prompts)
+    total = judging.total(scores, prompts)
     red, green, blue = images.mean((2, 3)).T
     torch.testing.assert_close(total, 0.8 * torch.stack([red[0], green[1], red[2]]) + 0.2 * blue)
-    torch.testing.assert_close(scores["red"], torch.stack([red[0], torch.tensor(torch.nan), red[2]]), equal_nan=True)
+    torch.testing.assert_close(
+        scores["red"].value, torch.stack([red[0], torch.tensor(torch.nan), red[2]]), equal_nan=True
+    )
 
 
 class Never:
@@ -217,10 +220,14 @@ def test_the_fused_road_needs_one_student_forward_per_step(opd, run, expert, mon
 def test_whoever_behaves_leads_to_the_trained_states(opd, run, expert, other_expert, fused, monkeypatch):
     """Steps before the first trained one follow ``policy.behaviour``, on every road."""
     policy, guide, batches = opd(sampler=Sampler(4, window=(0, 3), trained=(2, 3))), teach(other_expert), Batches()
-    monkeypatch.setattr(policy, "behaviour", lambda tasks: guide.teacher.velocity)
-    run(policy, tiny.data(batch_size=8, fused=fused), [teach(expert), TeacherCallback(["x"], guide.teacher), batches])
+    monkeypatch.setattr(policy, "behaviour", lambda tasks: guide.role.teacher.velocity)
+    run(
+        policy,
+        tiny.data("red", "x", batch_size=8, fused=fused),
+        [teach(expert), TeacherCallback(["x"], guide.role.teacher), batches],
+    )
     noise, sampler, cond = RowNoise((4, 8, 8), *[KEYS] * 2), policy.sampler, batches.seen[0].cond
-    led = sampler.rollout(guide.teacher.velocity, [Prompt("", "red")] * 8, cond, noise)
+    led = sampler.rollout(guide.role.teacher.velocity, [Prompt("", "red")] * 8, cond, noise)
     torch.testing.assert_close(batches.seen[0].x, led.latents[:, 2], rtol=0, atol=1e-6)
 
 
@@ -255,7 +262,7 @@ def test_labels_of_a_trajectory_are_its_kls_to_the_teacher_and_their_later_sums(
     kls = []
     for batch in batches.seen:
         student = policy.sampler.transition(batch, policy.velocity(batch.x, batch.sigma, batch.cond))
-        target = teacher.teacher.velocity(batch.x, batch.sigma, batch.cond)
+        target = teacher.role.teacher.velocity(batch.x, batch.sigma, batch.cond)
         torch.testing.assert_close(batch.labels.target, target)
         kls.append(student.kl(student.shifted_to(target)).detach())
     for j, batch in enumerate(batches.seen):
@@ -271,7 +278,7 @@ def test_every_row_learns_from_the_teacher_of_its_task(opd, run, expert, other_e
         assert set(batch.tasks) == {"red", "green"}
         for row, task in enumerate(batch.tasks):
             one = slice(row, row + 1)
-            alone = teachers[task].teacher.velocity(batch.x[one], batch.sigma[one], batch.cond[one])
+            alone = teachers[task].role.teacher.velocity(batch.x[one], batch.sigma[one], batch.cond[one])
             torch.testing.assert_close(batch.labels.target[one], alone, rtol=0, atol=1e-6)
 
 
@@ -305,7 +312,7 @@ def test_sft_learns_the_straight_path_to_what_the_teachers_drew(tiny_pipeline, r
         fresh = batch.x + (1 - sigma) * batch.labels.target
         assert fresh.std().item() == pytest.approx(1, abs=0.1)
         assert ((batch.sigma > 0) & (batch.sigma < 1)).all()
-    teacher = teachers[rollouts[0].prompts[0].task].teacher
+    teacher = teachers[rollouts[0].prompts[0].task].role.teacher
     drawn = teacher.velocity(rollouts[0].latents[:, 1], rollouts[0].sigmas[1].expand(4), rollouts[0].cond)
     torch.testing.assert_close(rollouts[0].velocities[:, 1], drawn, rtol=0, atol=1e-6)
 
@@ -569,9 +576,9 @@ def test_a_task_with_two_teachers_is_named(opd, run, expert, other_expert):
         run(opd(), tiny.data(), [teach(expert, "red"), teach(other_expert, "blue", "red")])
 
 
-def test_two_rewards_of_one_name_are_refused(tmp_path):
+def test_two_rewards_of_one_name_are_refused():
     with pytest.raises(ValueError, match="more than one reward 'red'; expected one"):
-        signals_of(tiny.trainer(tmp_path, [RED(), RED(tasks=["green"])]))
+        signals_among([RED(), RED(tasks=["green"])])
 
 
 def test_two_anchors_are_refused(tmp_path):

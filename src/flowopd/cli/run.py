@@ -113,6 +113,12 @@ class FlowCLI(LightningCLI):
         )
         return trainer
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        super()._run_subcommand(subcommand)
+        unscored = dict.fromkeys(name for names in getattr(self.model, "unscored", {}).values() for name in names)
+        if unscored:  # the table is written by now
+            raise BadInput(f"every score of {', '.join(map(repr, unscored))} failed; what is written has NaN there")
+
     def _accumulate(self, ranks: int) -> int | None:
         """Micro-batches per optimiser step that make the updates per iteration that were asked for."""
         updates, data = self._chosen("updates_per_iteration"), self.datamodule

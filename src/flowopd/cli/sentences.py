@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import re
 import sys
@@ -14,6 +13,7 @@ from typing import Any
 from lightning import Trainer
 
 import flowopd
+from flowopd.core.names import perhaps
 
 PACKAGE = str(Path(flowopd.__file__).parent)
 
@@ -57,12 +57,6 @@ def _explained(fault: str, owner: str) -> str:
         options += ["model", "data", "ckpt_path", "checkpoint_every", "updates_per_iteration", "seed_everything"]
         return f"there is no option {found[1]!r}{perhaps(found[1], options)}; see flowopd {sys.argv[1]} --help"
     return fault
-
-
-def perhaps(name: str, known: list[str]) -> str:
-    """The known name that is meant, as a question in brackets, or nothing."""
-    near = difflib.get_close_matches(name, known, 1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def _import(path: str) -> Any:  # noqa: ANN401

@@ -2,7 +2,8 @@
 
 from flowopd.evaluation.metrics import GroupedMean
 from flowopd.evaluation.pictures import contact_sheet, save_png
-from flowopd.evaluation.scoreboard import Column, Scoreboard
+from flowopd.evaluation.scoreboard import Scoreboard
 from flowopd.evaluation.tables import markdown_table, write_results
+from flowopd.rewards.scorer import Column
 
 __all__ = ["Column", "GroupedMean", "Scoreboard", "contact_sheet", "markdown_table", "save_png", "write_results"]

@@ -4,28 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, distributed
 
 from flowopd.evaluation.metrics import Tally
+from flowopd.rewards.judging import Judging
+from flowopd.rewards.scorer import Column
 
 logger = logging.getLogger(__name__)
 TOLERATED = 0.01  # share of failed scores beyond which a mean is not to be trusted
-
-
-@dataclass(frozen=True)
-class Column:
-    """Scores of B images.
-
-    Args:
-        values: (B,), NaN where scoring failed.
-        asked: (B,) bool, rows that were to be scored.
-    """
-
-    values: Tensor
-    asked: Tensor
 
 
 class Scoreboard(Tally):
@@ -44,6 +32,17 @@ class Scoreboard(Tally):
         self.columns = list(columns)
         self.averaged = list(averaged)
         self.macro = dict(macro or {})
+        self.unscored: list[str] = []
+        """Columns of which every score failed, as ``compute`` found."""
+
+    @staticmethod
+    def of(judging: Judging) -> Scoreboard:
+        """An empty scoreboard with a column per reward, and one per part that was asked for."""
+        return Scoreboard(
+            columns=[name for scorer in judging.scorers for name in scorer.column_names()],
+            averaged=[scorer.name for scorer in judging.scorers if scorer.in_average],
+            macro={scorer.name: scorer.column_names()[1:] for scorer in judging.scorers if scorer.macro},
+        )
 
     def update(self, scores: Mapping[str, Tensor | Column], counted: Tensor) -> None:
         """Add scores (B,) by column; NaN and rows that only pad the batch are left out."""
@@ -55,21 +54,26 @@ class Scoreboard(Tally):
 
     def compute(self) -> dict[str, float]:
         """Means by column, NaN for one without a score, and ``average``; too many failures are told in the log."""
-        self._tell_failures()
+        self.unscored = self._failures_told()
         means = dict(zip(self.columns, (self.total / self.count).tolist(), strict=True))
         means |= {name: _mean([means[part] for part in parts]) for name, parts in self.macro.items()}
         if not self.averaged:
             return means
         return means | {"average": sum(means[name] for name in self.averaged) / len(self.averaged)}
 
-    def _tell_failures(self) -> None:
-        if distributed.is_initialized() and distributed.get_rank():
-            return
+    def _failures_told(self) -> list[str]:
+        """Say which columns are not to be trusted; returns those that say nothing at all."""
+        unscored = []
+        tell = logger.warning if not (distributed.is_initialized() and distributed.get_rank()) else logger.debug
         for name, failed, count in zip(self.columns, self.failed.tolist(), self.count.tolist(), strict=True):
-            if failed > TOLERATED * (failed + count):
-                logger.warning(
-                    "%d of %d scores of %r failed; its mean is over the others", failed, failed + count, name
-                )
+            if failed and not count:
+                unscored.append(name)
+                tell("all %d scores of %r failed; its mean is NaN", failed, name)
+            elif failed > TOLERATED * (failed + count):
+                tell("%d of %d scores of %r failed; its mean is over the others", failed, failed + count, name)
+            elif not count:
+                tell("there is no score of %r; its mean is NaN", name)
+        return unscored
 
 
 def _mean(means: Sequence[float]) -> float:

@@ -210,7 +210,7 @@ def weights_load(subject: Subject) -> str:
 
 def teachers_differ(subject: Subject) -> str:
     """Every teacher answers finite, and not as the base does."""
-    fields = subject.policy.signals.fields()
+    fields = subject.policy.signals.teaching.teachers_by_name()
     if not fields:
         raise Skipped("there is no teacher")
     return ", ".join(_difference(subject, name, teacher) for name, teacher in fields.items())
@@ -258,7 +258,7 @@ def grids_agree(subject: Subject) -> str:
     backbone, sampler = subject.policy.backbone, subject.policy.sampler
     if not isinstance(backbone, SD3Backbone):
         raise Skipped(f"a {type(backbone).__name__} has no scheduler of diffusers")
-    teachers = subject.policy.signals.fields().values()
+    teachers = subject.policy.signals.teaching.teachers_by_name().values()
     others = [teacher.backbone for teacher in teachers if isinstance(teacher, FullTeacher)]
     for model in (model for model in (backbone, *others) if isinstance(model, SD3Backbone)):
         apart = max(_apart(model, sampler.schedule.sigmas(n)) for n in (sampler.num_steps, sampler.eval_steps))
@@ -281,8 +281,8 @@ def _apart(model: SD3Backbone, sigmas: Tensor) -> float:
 
 def rewards_answer(subject: Subject) -> str:
     """Two pictures decode, and every reward scores them by a finite number, for every task that it covers."""
-    signals, data = subject.policy.signals, subject.data
-    if not signals.rewards:
+    scorers, data = subject.policy.signals.judging.scorers, subject.data
+    if not scorers:
         raise Skipped("there is no reward")
     images = subject.policy.backbone.decode(subject.batch.x)
     if not bool(images.isfinite().all()):
@@ -290,8 +290,8 @@ def rewards_answer(subject: Subject) -> str:
     answers = []
     for task, source in data.evaluation_prompts.items():
         prompts = held_out(source, len(images))
-        for reward in (reward for reward in signals.rewards if reward.covers(task)):
-            answers.append(f"{reward.name} of {task} {_finite(reward.score(images, prompts), reward.name, task)}")
+        for scorer in (scorer for scorer in scorers if scorer.covers(task)):
+            answers.append(f"{scorer.name} of {task} {_finite(scorer.score(images, prompts), scorer.name, task)}")
     return ", ".join(answers)
 
 

@@ -141,15 +141,16 @@ def _counting(callbacks: Iterable[Callback], counts: Counter[str]) -> list[Callb
     counting: list[Callback] = []
     for callback in callbacks:
         if isinstance(callback, RewardCallback):
-            counting.append(RewardCallback(callback.name, _NoReward(), callback.tasks, callback.weight))
+            scorer = callback.scorer
+            counting.append(RewardCallback(scorer.name, _NoReward(), scorer.tasks, scorer.weight))
         elif isinstance(callback, TeacherCallback | AnchorCallback):
-            scale = float(getattr(callback.teacher, "guidance_scale", 1.0))
-            stand_in = _CountingTeacher(counts, callback.name, scale)
+            scale = float(getattr(callback.role.teacher, "guidance_scale", 1.0))
+            stand_in = _CountingTeacher(counts, callback.role.name, scale)
             counting.append(_with_teacher(callback, stand_in))
     return counting
 
 
 def _with_teacher(callback: TeacherCallback | AnchorCallback, teacher: Teacher) -> Callback:
     if isinstance(callback, AnchorCallback):
-        return AnchorCallback(teacher, callback.name)
-    return TeacherCallback(callback.tasks, teacher, callback.name)
+        return AnchorCallback(teacher, callback.role.name)
+    return TeacherCallback(list(callback.role.tasks), teacher, callback.role.name)

@@ -176,7 +176,7 @@ def _known_spec(source: AdapterSource, notes: list[str]) -> LoRASpec:
 
 def _teachers(signals: Signals, shapes: Shapes, notes: list[str]) -> dict[str, float]:
     sizes = {}
-    for name, teacher in signals.fields().items():
+    for name, teacher in signals.teaching.teachers_by_name().items():
         if isinstance(teacher, LoRATeacher):
             sizes[name] = shapes.adapter_bytes(_known_spec(teacher.source, notes))
         elif isinstance(teacher, FullTeacher):
@@ -196,7 +196,7 @@ def optimizer_bytes(policy: FlowPolicy, shapes: Shapes) -> float:
 
 
 def _rewards(callbacks: Iterable[Callback]) -> dict[str, float]:
-    rewards = [callback.reward for callback in callbacks if isinstance(callback, RewardCallback)]
+    rewards = [callback.scorer.reward for callback in callbacks if isinstance(callback, RewardCallback)]
     resident = {type(reward).__name__: reward for reward in rewards if not getattr(reward, "offload", False)}
     known = {kind: REWARDS[kind] * 1e6 for kind in resident if kind in REWARDS}
     return {f"reward {kind}": count * _itemsize(resident[kind]) for kind, count in known.items()}

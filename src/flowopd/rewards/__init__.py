@@ -17,6 +17,8 @@ _HOMES: dict[str, str] = {
     "GenEval": "geneval",
     "Judge": "remote.judges",
     "Weighted": "weighted",
+    "Judging": "judging",
+    "Scorer": "scorer",
 }  # public name: module of this folder
 
 __all__ = ["DetailedReward", "Reward", "Scores", "detailed", *_HOMES]

@@ -14,16 +14,16 @@ class Router:
 
     Args:
         teachers: teacher of each task.
-        in_step: ask every teacher at every call, if need be about a row whose answer is dropped. Sharded ranks wait for
-            each other in every forward, so their number must not depend on how a rank's rows are routed.
+        lockstep: ask every teacher at every call, if need be about a row whose answer is dropped. Sharded ranks wait
+            for each other in every forward, so their number must not depend on how a rank's rows are routed.
 
     References:
         Flow-OPD (arXiv 2605.08063), hard routing.
     """
 
-    def __init__(self, teachers: Mapping[str, Teacher], in_step: bool = False) -> None:
+    def __init__(self, teachers: Mapping[str, Teacher], lockstep: bool = False) -> None:
         self.teachers = dict(teachers)
-        self.in_step = in_step
+        self.lockstep = lockstep
 
     def check(self, tasks: Sequence[str]) -> None:
         """Raise unless every task has a teacher.
@@ -48,7 +48,7 @@ class Router:
 
     def _groups(self, tasks: Sequence[str]) -> list[tuple[Teacher, list[int]]]:
         groups: dict[int, tuple[Teacher, list[int]]] = {}
-        if self.in_step:
+        if self.lockstep:
             groups = {id(teacher): (teacher, []) for teacher in self.teachers.values()}
         for row, task in enumerate(tasks):
             teacher = self.teachers[task]

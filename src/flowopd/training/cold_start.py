@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from flowopd.core.objectives import FlowMatching
 from flowopd.core.paths import interpolate, velocity_from
-from flowopd.models import Backbone, LoRASpec, Merge
+from flowopd.models import Backbone, Merge
 from flowopd.records import Conditioning, Rollout, StepBatch
-from flowopd.rollouts import Draw, RowNoise, Sampler, VelocityField
+from flowopd.rollouts import Draw, RowNoise, VelocityField
 from flowopd.training.policy import FlowPolicy
+from flowopd.training.ranks.sums import added_over_ranks
 
 
 @dataclass(frozen=True)
@@ -122,10 +123,7 @@ class ColdStart(FlowPolicy):
     Args:
         backbone: the frozen model.
         strategy: ``SFT`` or ``Merge``.
-        sampler: grid, dynamics and guidance, for rollouts and evaluation.
-        lora: shape of the adapter, for ``SFT``.
-        optimizer: built over the adapter's parameters.
-        scheduler: stepped after every optimiser step.
+        options: what every ``FlowPolicy`` takes, but for ``objective`` and ``start``.
 
     References:
         Flow-OPD (arXiv 2605.08063), cold start.
@@ -135,13 +133,10 @@ class ColdStart(FlowPolicy):
         self,
         backbone: Backbone,
         strategy: SFT | Merge,
-        sampler: Sampler | None = None,
-        lora: LoRASpec | None = None,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
-        scheduler: LRSchedulerCallable | None = None,
+        **options: Any,
     ) -> None:
         start = strategy if isinstance(strategy, Merge) else None
-        super().__init__(backbone, FlowMatching(), sampler, lora, start, optimizer, scheduler)
+        super().__init__(backbone, objective=FlowMatching(), start=start, **options)
         self.strategy = strategy
         self.routed = not (isinstance(strategy, SFT) and strategy.source == "self")
 
@@ -154,9 +149,9 @@ class ColdStart(FlowPolicy):
                 )
             return
         if self.strategy.source == "teachers":
-            self.signals.router.check(tasks)
+            self.signals.teaching.router.check(tasks)
         if self.strategy.keep != "all":
-            self.signals.check(frozenset({"advantage"}), tasks)
+            self.signals.require_rewards(tasks)
 
     def needs(self) -> frozenset[str]:
         """What flow matching reads, and weights, which finished trajectories alone have."""
@@ -166,7 +161,7 @@ class ColdStart(FlowPolicy):
         """The routed teachers sample, or the student itself."""
         if not self.routed:
             return self.velocity
-        router = self.signals.router
+        router = self.signals.teaching.router
 
         def velocity(x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
             return router.velocity(x, sigma, cond, tasks)
@@ -185,12 +180,11 @@ class ColdStart(FlowPolicy):
             raise ValueError(
                 f"keep: {self.strategy.keep} chooses among siblings, but group_size is {group_size}; set 2 or more"
             )
-        images = torch.cat([self.backbone.decode(rollout.latents[:, -1]) for rollout in rollouts])
-        prompts = [prompt for rollout in rollouts for prompt in rollout.prompts]
-        rewards, scores = self.signals.training_reward(images, prompts)
+        rewards, metrics = self.judged(rollouts)
         weights = self.strategy.weights(rewards, group_size)
-        metrics = {f"reward/{name}": float(score.nanmean()) for name, score in scores.items()}
-        metrics["sft/kept_reward"] = float((weights * rewards.nan_to_num(0)).sum() / weights.sum())
+        kept = {"sum and weight": [float((weights * rewards.nan_to_num(0)).sum()), float(weights.sum())]}
+        total, weight = added_over_ranks(self, kept)["sum and weight"]
+        metrics["sft/kept_reward"] = total / weight if weight else math.nan
         shares = weights.split([len(rollout.prompts) for rollout in rollouts])
         return [_weighted(rollout, share).log(metrics) for rollout, share in zip(rollouts, shares, strict=True)]
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import torch
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from typing import Any
 
 from flowopd.core.objectives import Objective, TransitionKL
-from flowopd.models import AdapterSource, Backbone, LoRASpec, Merge
-from flowopd.rollouts import Sampler
+from flowopd.models import Backbone
 from flowopd.training.policy import FlowPolicy
 
 
@@ -19,26 +17,12 @@ class OPDStudent(FlowPolicy):
 
     Args:
         backbone: the frozen model.
-        objective: what a visited step is trained on.
-        sampler: grid, dynamics and guidance, for rollouts, training and evaluation alike.
-        lora: shape of the adapter, if it starts from nothing.
-        start: cold start: an adapter folder or file, a model of the hub, ``{path, subfolder, revision}``, or a merge of
-            several.
-        optimizer: built over the adapter's parameters.
-        scheduler: stepped after every optimiser step.
+        objective: what a visited step is trained on; default: ``TransitionKL``.
+        options: what every ``FlowPolicy`` takes.
 
     References:
         Flow-OPD (arXiv 2605.08063); the default objective is DiffusionOPD's (arXiv 2605.15055).
     """
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        objective: Objective | None = None,
-        sampler: Sampler | None = None,
-        lora: LoRASpec | None = None,
-        start: str | AdapterSource | Merge | None = None,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
-        scheduler: LRSchedulerCallable | None = None,
-    ) -> None:
-        super().__init__(backbone, objective or TransitionKL(), sampler, lora, start, optimizer, scheduler)
+    def __init__(self, backbone: Backbone, objective: Objective | None = None, **options: Any) -> None:
+        super().__init__(backbone, objective or TransitionKL(), **options)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
-from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from lightning import LightningModule
+from lightning import LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
@@ -18,12 +18,31 @@ from flowopd.evaluation import Scoreboard
 from flowopd.models import AdapterSource, Backbone, LoRASpec, Merge
 from flowopd.models.adapters.lora import Adapter, adapter_parameters, add_adapter, attach, take_adapter
 from flowopd.records import Conditioning, EvaluationBatch, Prompt, Rollout, StepBatch
+from flowopd.rewards import Scores
+from flowopd.rewards.judging import means, refuse_unscored
 from flowopd.rollouts import Draw, Sampler, VelocityField
 from flowopd.training.checkpoints import MADE_BY, average_in, check_resumable, made_by
-from flowopd.training.ranks.strategies import FSDP2, check_trainer
-from flowopd.training.signals import Signals, signals_of
+from flowopd.training.ranks.strategies import FSDP2, check_trainer, is_sharded
+from flowopd.training.ranks.sums import added_over_ranks
+from flowopd.training.signals import Signals, signals_among
 
 STUDENT = "student"
+
+
+class Watcher(Protocol):
+    """Whoever wants to see the pictures that are trained on."""
+
+    def see(self, images: Tensor) -> None:
+        """Look at finished pictures (B, 3, H, W) in [0, 1]."""
+        ...
+
+
+class _Run(NamedTuple):
+    """What a trainer's callbacks are to a policy, collected once."""
+
+    trainer: Trainer
+    signals: Signals
+    scoreboard: Scoreboard
 
 
 class FlowPolicy(LightningModule):
@@ -62,17 +81,26 @@ class FlowPolicy(LightningModule):
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.network: nn.Module | None = None
+        self.watchers: list[Watcher] = []
+        self.unscored: dict[str, list[str]] = {}  # by evaluation, the columns of which every score failed
+        self._run: _Run | None = None
         self.strict_loading = False  # a checkpoint holds the adapter, not the frozen backbone
-
-    @cached_property
-    def scoreboard(self) -> Scoreboard:
-        """Means of the evaluation's scores."""
-        return self.signals.scoreboard().to(self.device)
 
     @property
     def signals(self) -> Signals:
-        """Rewards, teachers and anchor, as the trainer's callbacks brought them."""
-        return signals_of(self.trainer)
+        """What judges and what teaches, as the trainer's callbacks carry it."""
+        return self._collected().signals
+
+    @property
+    def scoreboard(self) -> Scoreboard:
+        """Means of the running evaluation's scores."""
+        return self._collected().scoreboard.to(self.device)
+
+    def _collected(self) -> _Run:
+        if self._run is None or self._run.trainer is not self.trainer:
+            signals = signals_among(self.trainer.callbacks, is_sharded(self.trainer))  # type: ignore[attr-defined]
+            self._run = _Run(self.trainer, signals, Scoreboard.of(signals.judging))
+        return self._run
 
     def needs(self) -> frozenset[str]:
         """Labels that training reads."""
@@ -85,7 +113,7 @@ class FlowPolicy(LightningModule):
         check_trainer(self.trainer)
         self.backbone.load(self.trainer.strategy.root_device)
         self._attach_student()
-        self.signals.attach(self.backbone)
+        self.signals.teaching.attach(self.backbone)
         self.network = self.backbone.network.train()  # nothing here drops out; lightning warns of parts in eval mode
         if isinstance(self.trainer.strategy, FSDP2):
             self.trainer.strategy.shard(self.network)
@@ -115,13 +143,49 @@ class FlowPolicy(LightningModule):
         Raises:
             ValueError: saying what is missing.
         """
-        self.signals.check(self.needs(), tasks)
+        self.signals.require_labels(self.needs(), tasks)
 
     def label(self, rollouts: list[Rollout], group_size: int) -> list[Rollout]:
         """Add what can only be known of finished trajectories."""
         if self.needs() & {"state_kl", "kl_to_go"}:
-            return [self.signals.label_trajectory(rollout, self.sampler) for rollout in rollouts]
+            return [self.signals.teaching.label_trajectory(rollout, self.sampler) for rollout in rollouts]
         return rollouts
+
+    @torch.no_grad()
+    def pictures(self, rollout: Rollout) -> Tensor:
+        """Decode the finished pictures (B, 3, H, W) in [0, 1] of a rollout, and show them to whoever watches."""
+        images = self.backbone.decode(rollout.latents[:, -1])
+        for watcher in self.watchers:
+            watcher.see(images)
+        return images
+
+    def judged(
+        self,
+        rollouts: Sequence[Rollout],
+        images: Tensor | None = None,
+        begun: Sequence[Mapping[str, Future[Scores]]] = (),
+    ) -> tuple[Tensor, dict[str, float]]:
+        """Training rewards (B,) of finished trajectories, and means over the rows of all ranks to log.
+
+        Args:
+            rollouts: B trajectories in all.
+            images: their pictures (B, 3, H, W), where they are decoded already.
+            begun: of every rollout, scores that are being made in the background.
+
+        Returns:
+            Rewards, NaN where one failed; and ``reward/<name>`` of rewards and their parts, with
+            ``reward/<name>/failed`` where some failed.
+
+        Raises:
+            ValueError: if a reward failed for every picture.
+        """
+        judging, prompts = self.signals.judging, [prompt for rollout in rollouts for prompt in rollout.prompts]
+        if images is None:
+            images = torch.cat([self.pictures(rollout) for rollout in rollouts])
+        scores = judging.detail(images, prompts, begun)
+        tally = added_over_ranks(self, judging.tally(scores, prompts))
+        refuse_unscored(tally)
+        return judging.total(scores, prompts), {f"reward/{name}": mean for name, mean in means(tally).items()}
 
     def batches_per_rollout(self) -> int:
         """How many step batches ``cut`` makes of a rollout."""
@@ -155,13 +219,21 @@ class FlowPolicy(LightningModule):
 
     def validation_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
         """Draw held-out prompts and score them."""
-        self.scoreboard.update(self.signals.score(self.draw(batch.prompts, batch.noise), batch.prompts), batch.counted)
+        images = self.draw(batch.prompts, batch.noise)
+        self.scoreboard.update(self.signals.judging.columns(images, batch.prompts), batch.counted)
 
     def on_validation_epoch_end(self) -> None:
         """Log every reward's mean as ``val/<reward>``."""
         stage = "test" if self.trainer.testing else "val"
-        self.log_dict({f"{stage}/{name}": value for name, value in self.scoreboard.compute().items()}, sync_dist=True)
+        means = self.evaluated(stage, self.scoreboard)
+        self.log_dict({f"{stage}/{name}": value for name, value in means.items()}, sync_dist=True)
         self.scoreboard.reset()
+
+    def evaluated(self, name: str, board: Scoreboard) -> dict[str, float]:
+        """Means of an evaluation; remembers under its name which columns nothing could be said of."""
+        means = board.compute()
+        self.unscored[name] = board.unscored
+        return means
 
     def test_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
         """As ``validation_step``."""

@@ -51,7 +51,7 @@ class Whole:
         for draw, rollout in zip(draws, self.rollouts(draws), strict=True):
             for batch in self.policy.cut(rollout, draw):
                 with sampling(self.policy):
-                    labelled = self.policy.signals.label_states(batch, needs)
+                    labelled = self.policy.signals.teaching.label(batch, needs)
                 yield labelled
 
     def rollouts(self, draws: Sequence[Draw]) -> list[Rollout]:
@@ -95,7 +95,7 @@ class Fused:
             batch, taken = sampler.batch_at(x, j, cond, draw.tasks), _Taken()
             if j in draw.trained:
                 with sampling(policy):
-                    labelled = policy.signals.label_states(batch, needs)
+                    labelled = policy.signals.teaching.label(batch, needs)
                 yield replace(labelled, advance=taken.put, counts=draw.trained[j])
             else:
                 with sampling(policy):

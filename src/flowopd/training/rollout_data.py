@@ -92,6 +92,7 @@ class RolloutDataModule(LightningDataModule):
         """
         assert self.trainer is not None
         self.check_sizes(self.trainer.world_size)
+        self.policy.signals.require_tasks([*dict.fromkeys([*self.mixture.sources, *self.evaluation_prompts])])
         if stage == "fit":
             self.policy.check(list(self.mixture.sources))
             self._check_road()

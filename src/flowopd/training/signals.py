@@ -1,29 +1,19 @@
-"""Callbacks that bring rewards, teachers and the anchor into a run, and what they know together."""
+"""Callbacks that carry rewards, teachers and the anchor into a run, and what they are together."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, replace
-from typing import Any, cast
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple
 
-import torch
 from lightning import Callback, LightningModule, Trainer
-from torch import Tensor
-from torch.nn.functional import pad
+from typing_extensions import override
 
-from flowopd.core.dynamics import Transition
-from flowopd.core.tensors import row_mean
-from flowopd.core.weights import ExactKL
-from flowopd.evaluation import Column, Scoreboard
-from flowopd.models import Backbone
-from flowopd.records import Prompt, Rollout, StepBatch
-from flowopd.rewards import Reward, Scores, detailed
-from flowopd.rewards.executor import Executor
-from flowopd.rollouts import Sampler
-from flowopd.teachers import Router, Teacher
-from flowopd.training.ranks.strategies import is_sharded
+from flowopd.core.names import perhaps, refuse_duplicates
+from flowopd.rewards import Reward
+from flowopd.rewards.judging import Judging
+from flowopd.rewards.scorer import Scorer
+from flowopd.teachers import Teacher
+from flowopd.teachers.teaching import Role, Teaching
 
 
 class RewardCallback(Callback):
@@ -42,7 +32,7 @@ class RewardCallback(Callback):
             has: GenEval's number over its six tags.
 
     Raises:
-        ValueError: if ``macro`` is without ``columns``.
+        ValueError: if the weight is not finite, ``tasks`` is empty, or ``macro`` is without ``columns``.
     """
 
     def __init__(
@@ -56,99 +46,34 @@ class RewardCallback(Callback):
         columns: list[str] | None = None,
         macro: bool = False,
     ) -> None:
-        if macro and not columns:
-            raise ValueError(f"reward {name!r} is a macro mean of no columns; name the parts in `columns`")
-        self.name = name
-        self.reward = reward
-        self.tasks = tasks
-        self.weight = weight
-        self.in_average = in_average
-        self.background = background
-        self.columns = columns or []
-        self.macro = macro
-        self._executor = Executor(self.detail)
+        self.scorer = Scorer(name, reward, tasks, weight, in_average, background, columns or (), macro)
 
     @property
+    @override
     def state_key(self) -> str:
-        """Unique among several rewards."""
-        return f"RewardCallback/{self.name}"
+        return f"RewardCallback/{self.scorer.name}"
 
-    def covers(self, task: str) -> bool:
-        """Whether the task is scored by this reward."""
-        return self.tasks is None or task in self.tasks
-
-    def covered(self, prompts: Sequence[Prompt]) -> Tensor:
-        """Whether each prompt is scored by this reward, (B,) bool."""
-        return torch.tensor([self.covers(prompt.task) for prompt in prompts], dtype=torch.bool)
-
-    def score(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """Scores (B,) of images (B, 3, H, W); NaN for prompts of other tasks, and where scoring failed."""
-        return self.detail(images, prompts).value
-
-    @torch.no_grad()
-    def detail(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
-        """Scores of images (B, 3, H, W) with their parts; NaN for prompts of other tasks, and where scoring failed.
-
-        Raises:
-            ValueError: if the reward does not give one score per image.
-        """
-        rows = self.covered(prompts).nonzero()[:, 0].to(images.device)
-        if not len(rows):
-            return Scores(torch.full((len(prompts),), torch.nan, device=images.device))
-        asked = [prompts[row] for row in rows.tolist()]
-        with torch.autocast(images.device.type, enabled=False):  # a score is the same in whatever precision we train
-            found = detailed(self.reward, images[rows], asked)
-        parts = {name: self._spread(part, rows, len(prompts)) for name, part in found.parts.items()}
-        return Scores(self._spread(found.value, rows, len(prompts)), parts)
-
-    def _spread(self, values: Tensor, rows: Tensor, count: int) -> Tensor:
-        """Scores of some rows as scores of all; what is not a finite number is a failure, NaN."""
-        if values.shape != rows.shape:
-            raise ValueError(
-                f"reward {self.name!r} gave scores of shape {tuple(values.shape)} for {len(rows)} images; "
-                f"expected ({len(rows)},)"
-            )
-        scores = torch.full((count,), torch.nan, device=rows.device)
-        scores[rows] = values.to(scores).where(values.to(scores).isfinite(), torch.nan)
-        return scores
-
-    def begin(self, images: Tensor, prompts: Sequence[Prompt]) -> Future[Scores]:
-        """Begin to score images (B, 3, H, W) in the background, as ``detail`` does."""
-        return self._executor.submit(images, prompts)
-
-    def evaluate(self, images: Tensor, prompts: Sequence[Prompt]) -> dict[str, Column]:
-        """Columns of an evaluation: the scores, and the parts that were asked for."""
-        scores, covered = self.detail(images, prompts), self.covered(prompts).to(images.device)
-        nothing = torch.full_like(scores.value, torch.nan)
-        parts = {f"{self.name}/{name}": scores.parts.get(name, nothing) for name in self.columns}
-        return {self.name: Column(scores.value, covered)} | {k: Column(v, ~v.isnan()) for k, v in parts.items()}
-
+    @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """End the thread."""
-        self._executor.close()
+        self.scorer.close()
 
+    @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """End the thread: nobody waits for its scores any more."""
-        self._executor.close()
+        self.scorer.close()
 
 
 class _CarriesTeacher(Callback):
     """A teacher in the trainer; refuses to go on from a checkpoint that was taught by another one."""
 
-    teacher: Teacher
-    name: str
+    role: Role
 
+    @override
     def state_dict(self) -> dict[str, Any]:
-        """The teacher's fingerprint; its weights stay out of our checkpoints."""
-        return {"fingerprint": self.teacher.fingerprint()}
+        return {"fingerprint": self.role.teacher.fingerprint()}  # the weights stay out of our checkpoints
 
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Compare fingerprints.
-
-        Raises:
-            ValueError: if the teacher changed since the checkpoint.
-        """
-        found, expected = self.teacher.fingerprint(), state_dict["fingerprint"]
+        found, expected = self.role.teacher.fingerprint(), state_dict["fingerprint"]
         if found != expected:
             raise ValueError(
                 f"{self.state_key} changed since the checkpoint: its fingerprint is {found}, "
@@ -163,17 +88,20 @@ class TeacherCallback(_CarriesTeacher):
         tasks: names of the tasks that are routed to it.
         teacher: the teacher.
         name: what it is called in tables; default: ``teacher-<tasks>``.
+
+    Raises:
+        ValueError: if there is no task.
     """
 
     def __init__(self, tasks: list[str], teacher: Teacher, name: str | None = None) -> None:
-        self.tasks = tasks
-        self.teacher = teacher
-        self.name = name or f"teacher-{'-'.join(tasks)}"
+        if not tasks:
+            raise ValueError("a TeacherCallback teaches no task; name some in `tasks`")
+        self.role = Role(name or f"teacher-{'-'.join(tasks)}", teacher, tasks)
 
     @property
+    @override
     def state_key(self) -> str:
-        """Unique among several teachers."""
-        return f"TeacherCallback/{self.name}"
+        return f"TeacherCallback/{self.role.name}"
 
 
 class AnchorCallback(_CarriesTeacher):
@@ -185,178 +113,84 @@ class AnchorCallback(_CarriesTeacher):
     """
 
     def __init__(self, teacher: Teacher, name: str = "anchor") -> None:
-        self.teacher = teacher
-        self.name = name
+        self.role = Role(name, teacher)
 
     @property
+    @override
     def state_key(self) -> str:
-        """There is one anchor."""
-        return "AnchorCallback"
+        return "AnchorCallback"  # there is one
 
 
-@dataclass(frozen=True)
-class Signals:
-    """What the callbacks of a trainer know together.
+class Signals(NamedTuple):
+    """What judges and what teaches in a run."""
 
-    Args:
-        rewards: in the order of the trainer's callbacks.
-        teachers: likewise.
-        anchor: at most one.
-        in_step: every rank asks every teacher, however its rows are routed.
-    """
+    judging: Judging
+    teaching: Teaching
 
-    rewards: list[RewardCallback]
-    teachers: list[TeacherCallback]
-    anchor: AnchorCallback | None
-    in_step: bool = False
+    def require_tasks(self, tasks: Collection[str]) -> None:
+        """Refuse a reward or a teacher for a task that the run does not have.
 
-    @property
-    def router(self) -> Router:
-        """Teacher of each task."""
-        teachers = {task: callback.teacher for callback in self.teachers for task in callback.tasks}
-        return Router(teachers, self.in_step)
+        Raises:
+            ValueError: naming it, and the task that is perhaps meant.
+        """
+        owners: list[tuple[str, Sequence[str]]] = []
+        owners += [(f"reward {scorer.name!r}", scorer.tasks or ()) for scorer in self.judging.scorers]
+        owners += [(f"teacher {role.name!r}", role.tasks) for role in self.teaching.roles]
+        for owner, own in owners:
+            if lost := [task for task in own if task not in tasks]:
+                raise ValueError(
+                    f"{owner} is for task {lost[0]!r}{perhaps(lost[0], tasks)}, which this run does not have; its "
+                    f"prompts are of {', '.join(map(repr, tasks))}"
+                )
 
-    def fields(self) -> dict[str, Teacher]:
-        """Every teacher and the anchor, by name."""
-        anchored = [self.anchor] if self.anchor else []
-        return {callback.name: callback.teacher for callback in [*self.teachers, *anchored]}
-
-    def attach(self, backbone: Backbone) -> None:
-        """Attach every teacher to the backbone."""
-        for teacher in self.fields().values():
-            teacher.attach(backbone)
-
-    def check(self, needs: frozenset[str], tasks: Sequence[str], given: frozenset[str] = frozenset()) -> None:
-        """Raise unless the callbacks can provide the labels that the objective needs.
+    def require_labels(self, needs: frozenset[str], tasks: Sequence[str]) -> None:
+        """Refuse a run whose callbacks cannot provide the labels that its objective needs.
 
         Raises:
             ValueError: saying which callback is missing, or which one nobody reads.
         """
-        if needs & {"target", "state_kl", "kl_to_go"} - given:
-            self.router.check(tasks)
-        if "anchor" in needs and self.anchor is None:
+        anchor = self.teaching.anchor
+        if needs & {"target", "state_kl", "kl_to_go"}:
+            self.teaching.router.check(tasks)
+        if "anchor" in needs and anchor is None:
             raise ValueError("the objective is Anchored, but there is no anchor; add an AnchorCallback")
-        if self.anchor is not None and "anchor" not in needs:
+        if anchor is not None and "anchor" not in needs:
             raise ValueError(
                 "there is an AnchorCallback, but the objective is not Anchored; wrap it in flowopd.core.Anchored"
             )
-        if "advantage" in needs and (lost := [task for task in tasks if not self._trains(task)]):
+        if "advantage" in needs:
+            self.require_rewards(tasks)
+
+    def require_rewards(self, tasks: Sequence[str]) -> None:
+        """Refuse a run in which pictures of some task are judged by nobody.
+
+        Raises:
+            ValueError: naming the task.
+        """
+        if lost := [task for task in tasks if not self.judging.trains(task)]:
             raise ValueError(f"no reward with a weight for task {lost[0]!r}; add a RewardCallback for it")
 
-    def _trains(self, task: str) -> bool:
-        return any(callback.covers(task) and callback.weight for callback in self.rewards)
 
-    def score(self, images: Tensor, prompts: Sequence[Prompt]) -> dict[str, Column]:
-        """Every column of an evaluation, (B,) each."""
-        return {
-            name: column for callback in self.rewards for name, column in callback.evaluate(images, prompts).items()
-        }
+def signals_among(callbacks: Sequence[Callback], lockstep: bool = False) -> Signals:
+    """What the callbacks carry.
 
-    def scoreboard(self) -> Scoreboard:
-        """An empty scoreboard with a column per reward, and one per part that was asked for."""
-        averaged = [callback.name for callback in self.rewards if callback.in_average]
-        macro = [callback.name for callback in self.rewards if callback.macro]
-        parts = {callback.name: [f"{callback.name}/{part}" for part in callback.columns] for callback in self.rewards}
-        columns = [column for name, own in parts.items() for column in (name, *own)]
-        return Scoreboard(columns, averaged, {name: parts[name] for name in macro})
-
-    def training(self) -> list[RewardCallback]:
-        """The rewards that have a weight."""
-        return [callback for callback in self.rewards if callback.weight]
-
-    def begin(self, images: Tensor, prompts: Sequence[Prompt]) -> dict[str, Future[Scores]]:
-        """Begin what training rewards do in the background with finished images."""
-        return {callback.name: callback.begin(images, prompts) for callback in self.training() if callback.background}
-
-    def details(
-        self, images: Tensor, prompts: Sequence[Prompt], begun: Sequence[Mapping[str, Future[Scores]]] = ()
-    ) -> dict[str, Scores]:
-        """Scores of every training reward, (B,); those in ``begun``, by consecutive parts of the batch, are awaited."""
-        waiting = {name: [part[name] for part in begun] for name in (begun[0] if begun else ())}
-        here = {c.name: c.detail(images, prompts) for c in self.training() if c.name not in waiting}
-        there = {
-            name: Scores.cat([future.result() for future in futures]).to(images.device)
-            for name, futures in waiting.items()
-        }
-        return {callback.name: (here | there)[callback.name] for callback in self.training()}
-
-    def total(self, scores: Mapping[str, Tensor], prompts: Sequence[Prompt]) -> Tensor:
-        """Training rewards,  Σ weight · score  over the rewards of each row's task, (B,); NaN where one failed."""
-        shares = []
-        for callback in self.training():
-            score = callback.weight * scores[callback.name]
-            shares.append(score.where(callback.covered(prompts).to(score.device), 0.0))
-        return torch.stack(shares).sum(0)
-
-    def training_reward(self, images: Tensor, prompts: Sequence[Prompt]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Training rewards (B,), and the scores that they are made of by name."""
-        scores = {name: details.value for name, details in self.details(images, prompts).items()}
-        return self.total(scores, prompts), scores
-
-    @torch.no_grad()
-    def label_states(self, batch: StepBatch, needs: frozenset[str]) -> StepBatch:
-        """Add the teachers' and the anchor's velocities at the states of a batch."""
-        if "target" in needs and batch.labels.target is None:
-            batch = batch.label(target=self.router.velocity(batch.x, batch.sigma, batch.cond, batch.tasks))
-        if "anchor" in needs and self.anchor is not None:
-            batch = batch.label(anchor=self.anchor.teacher.velocity(batch.x, batch.sigma, batch.cond))
-        return batch
-
-    @torch.no_grad()
-    def label_trajectory(self, rollout: Rollout, sampler: Sampler) -> Rollout:
-        """Add the KL to the teacher at every step, and its sum over all later trained steps."""
-        kl = torch.zeros_like(rollout.log_probs)
-        targets = torch.zeros_like(rollout.velocities)
-        tasks = [prompt.task for prompt in rollout.prompts]
-        for j in sampler.trained_steps():
-            batch = sampler.batch_at(rollout.latents[:, j], j, rollout.cond, tasks)
-            targets[:, j] = self.router.velocity(batch.x, batch.sigma, batch.cond, tasks)
-            kl[:, j] = _step_kl(sampler.transition(batch, rollout.velocities[:, j]), targets[:, j])
-        to_go = kl.flip(1).cumsum(1).flip(1) - kl
-        return rollout.label(state_kl=kl, kl_to_go=to_go, target=targets)
-
-
-def _step_kl(step: Transition, target: Tensor) -> Tensor:
-    return ExactKL().weight(step) * row_mean((step.velocity - target) ** 2)
-
-
-def added_over_ranks(module: LightningModule, facts: dict[str, list[float]]) -> dict[str, list[float]]:
-    """Sums over all ranks, number by number; exchanged as JSON in bytes, for ranks may know of different names."""
-    own = torch.tensor(list(json.dumps(facts).encode()), dtype=torch.uint8, device=module.device)
-    lengths = cast(Tensor, module.all_gather(torch.tensor([len(own)], device=module.device))).flatten().tolist()
-    texts = cast(Tensor, module.all_gather(pad(own, (0, max(lengths) - len(own))))).reshape(len(lengths), -1)
-    ranks = [json.loads(bytes(text[:length].tolist())) for text, length in zip(texts, lengths, strict=True)]
-    known = {
-        name: [rank[name] for rank in ranks if name in rank] for name in dict.fromkeys(k for r in ranks for k in r)
-    }
-    return {name: [sum(numbers) for numbers in zip(*each, strict=True)] for name, each in known.items()}
-
-
-def signals_of(trainer: Trainer) -> Signals:
-    """Collect rewards, teachers and the anchor from a trainer's callbacks."""
-    signals = signals_among(trainer.callbacks)  # type: ignore[attr-defined]
-    return replace(signals, in_step=is_sharded(trainer))
-
-
-def signals_among(callbacks: Sequence[Callback]) -> Signals:
-    """Collect rewards, teachers and the anchor.
+    Args:
+        callbacks: of a trainer, in their order.
+        lockstep: every rank asks every teacher, however its rows are routed.
 
     Raises:
         ValueError: if a task has two teachers, there are two anchors, or two signals of one name.
     """
-    rewards = [callback for callback in callbacks if isinstance(callback, RewardCallback)]
-    teachers = [callback for callback in callbacks if isinstance(callback, TeacherCallback)]
     anchors = [callback for callback in callbacks if isinstance(callback, AnchorCallback)]
-    _refuse_twins("reward", [callback.name for callback in rewards])
-    _refuse_twins("teacher for task", [task for callback in teachers for task in callback.tasks])
-    _refuse_twins("anchor", [callback.state_key for callback in anchors])
-    _refuse_twins("teacher of the name", [callback.name for callback in [*teachers, *anchors]])
-    return Signals(rewards, teachers, anchors[0] if anchors else None)
+    refuse_duplicates("anchor", [anchor.state_key for anchor in anchors])
+    return Signals(
+        Judging([callback.scorer for callback in callbacks if isinstance(callback, RewardCallback)]),
+        Teaching(
+            [callback.role for callback in callbacks if isinstance(callback, TeacherCallback)],
+            anchors[0].role if anchors else None,
+            lockstep,
+        ),
+    )
 
 
-def _refuse_twins(kind: str, names: Sequence[str]) -> None:
-    if twins := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"more than one {kind} {twins[0]!r}; expected one")
-
-
-__all__ = ["AnchorCallback", "RewardCallback", "Signals", "TeacherCallback", "signals_of"]
+__all__ = ["AnchorCallback", "RewardCallback", "Signals", "TeacherCallback", "signals_among"]

@@ -38,7 +38,10 @@ def card(policy: FlowPolicy) -> ModelCard:
     }
     if strategy := getattr(policy, "strategy", None):
         facts["strategy"] = described(strategy)
-    teachers = [(name, described(teacher), teacher.fingerprint()) for name, teacher in policy.signals.fields().items()]
+    teachers = [
+        (name, described(teacher), teacher.fingerprint())
+        for name, teacher in policy.signals.teaching.teachers_by_name().items()
+    ]
     base = getattr(policy.backbone, "path", type(policy.backbone).__name__)
     return ModelCard(base, type(policy).__name__, facts, teachers, policy.sampler.guidance_scale)
 

@@ -9,12 +9,13 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
+from flowopd.core.ranges import at_least
 from flowopd.evaluation import contact_sheet, save_png
 from flowopd.records import EvaluationBatch
 from flowopd.rollouts import VelocityField
 from flowopd.training.callbacks.around import data_of, on_device, policy_of, run_folder
 from flowopd.training.callbacks.ema import averaged
-from flowopd.training.callbacks.results import fields
+from flowopd.training.callbacks.results import models
 
 
 class ImageGrid(Callback):
@@ -23,9 +24,14 @@ class ImageGrid(Callback):
     Args:
         prompts_per_task: images of each task.
         every: iterations between two grids; 0 draws the first and the last alone.
+
+    Raises:
+        ValueError: if there is no picture to draw, or ``every`` is less than 0.
     """
 
     def __init__(self, prompts_per_task: int = 4, every: int = 0) -> None:
+        at_least(1, prompts_per_task=prompts_per_task)
+        at_least(0, every=every)
         self.prompts_per_task = prompts_per_task
         self.every = every
 
@@ -41,7 +47,7 @@ class ImageGrid(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Every model beside every other."""
-        self._save(trainer, fields(on_device(trainer, pl_module)), name="models")
+        self._save(trainer, models(on_device(trainer, pl_module)), name="models")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Every model beside every other."""

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from tqdm.auto import tqdm
 
-from flowopd.evaluation import write_results
+from flowopd.evaluation import Scoreboard, write_results
 from flowopd.evaluation.tables import cells, columns
 from flowopd.models import Merge
 from flowopd.records import EvaluationBatch
@@ -40,7 +40,7 @@ class ResultsTable(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Score everything else, and show the table."""
         policy = on_device(trainer, pl_module)
-        scored = {name: evaluate(policy, field, name) for name, field in fields(policy).items()}
+        scored = {name: evaluate(policy, field, name) for name, field in models(policy).items()}
         student = scored.pop("student")
         table = {**scored, **self.rows, "student": student}
         if trainer.is_global_zero:
@@ -75,24 +75,24 @@ class MergeReport(Callback):
             show(table)
 
 
-def fields(policy: FlowPolicy) -> dict[str, VelocityField]:
+def models(policy: FlowPolicy) -> dict[str, VelocityField]:
     """The base, every teacher, the anchor and the student, by name."""
     base = BaseTeacher(policy.sampler.guidance_scale)
     base.attach(policy.backbone)
-    teachers = {name: teacher.velocity for name, teacher in policy.signals.fields().items()}
+    teachers = {name: teacher.velocity for name, teacher in policy.signals.teaching.teachers_by_name().items()}
     return {"base": base.velocity, **teachers, "student": policy.velocity}
 
 
 @torch.no_grad()
 def evaluate(policy: FlowPolicy, field: VelocityField, name: str) -> dict[str, float]:
     """Mean scores of a velocity field on all held-out prompts, by reward."""
-    signals = policy.signals
-    board = signals.scoreboard().to(policy.device)
+    judging = policy.signals.judging
+    board = Scoreboard.of(judging).to(policy.device)
     for batch in _watched(
         data_of(policy.trainer).evaluation_loader(), f"scoring {name}", policy.trainer.is_global_zero
     ):
-        board.update(signals.score(policy.draw(batch.prompts, batch.noise, field), batch.prompts), batch.counted)
-    return board.compute()
+        board.update(judging.columns(policy.draw(batch.prompts, batch.noise, field), batch.prompts), batch.counted)
+    return policy.evaluated(name, board)
 
 
 def show(table: dict[str, dict[str, float]]) -> None:

@@ -18,11 +18,13 @@ from huggingface_hub import constants
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tiny import loaded
+from transformers import CLIPModel
 
 from flowopd.models import AdapterSource, LoRASpec, Merge, SD3Backbone
 from flowopd.models.adapters.export import ModelCard, export_adapter
 from flowopd.models.adapters.files import CONFIG, DIFFUSERS_WEIGHTS, read_adapter
 from flowopd.models.adapters.lora import Adapter, adapter_parameters, add_adapter, take_adapter
+from flowopd.rewards.model import read_pretrained, weights_file
 from flowopd.rollouts import Sampler
 from flowopd.teachers import FullTeacher, LoRATeacher
 from flowopd.training import AdapterExport, OPDStudent, TeacherCallback
@@ -131,7 +133,7 @@ class Hub(BaseHTTPRequestHandler):
     """Answers every question about a model by the model's name."""
 
     def do_GET(self):
-        status, code = ANSWERS[self.path.split("/")[4]]
+        status, code = ANSWERS.get(self.path.partition("/org/")[2].split("/")[0], (404, ""))
         self.send_response(status)
         if code:
             self.send_header("X-Error-Code", code)
@@ -152,7 +154,9 @@ def online(cache, monkeypatch) -> Iterator[None]:
     for name in ("NO_PROXY", "no_proxy"):
         monkeypatch.setenv(name, "127.0.0.1")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    here = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(constants, "ENDPOINT", here)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", here + "/{repo_id}/resolve/{revision}/{filename}")
     yield
     server.shutdown()
     server.server_close()
@@ -178,8 +182,20 @@ def test_the_hub_s_refusals_are_sentences(online, name, kind):
         read[kind](f"org/{name}", "v9")
 
 
+@pytest.mark.parametrize("name", ["gated", "private", "missing", "tags"])
+def test_the_hub_s_refusals_to_a_reward_are_the_same_sentences_and_say_where_to_get_it(online, name):
+    with pytest.raises(FileNotFoundError, match=f"^model {SENTENCES[name]}.*; get it there$"):
+        weights_file(f"org/{name}", "config.json", "v9", "get it there")
+    with pytest.raises(FileNotFoundError, match=f"^model {SENTENCES[name]}.*; get it there$"):
+        read_pretrained(CLIPModel, f"org/{name}", "get it there", revision="v9")
+
+
 @pytest.mark.parametrize("path", ["org/never-seen", "runs/typo"])
 def test_an_unreachable_hub_is_a_sentence(cache, path):
+    with pytest.raises(
+        FileNotFoundError, match=f"^model '{path}' is not a folder, the hub cannot be reached.*; get it"
+    ):
+        weights_file(path, "config.json", None, "get it there")
     with pytest.raises(FileNotFoundError, match=f"^model '{path}' is not a folder, the hub cannot be reached"):
         loaded(path)
     with pytest.raises(FileNotFoundError, match=f"^adapter '{path}' is not a folder, the hub cannot be reached"):

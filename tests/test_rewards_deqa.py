@@ -381,7 +381,7 @@ def test_a_missing_file_is_named_with_the_way_to_get_it(network, tmp_path, name)
 
 
 def test_a_model_that_cannot_be_reached_is_a_sentence():
-    with pytest.raises(FileNotFoundError, match=r"neither a folder nor a reachable model of the hub.*hf download"):
+    with pytest.raises(FileNotFoundError, match=r"is not a folder, the hub cannot be reached, .*hf download"):
         DeQA("nobody/has-this-model").load()
 
 

@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
+    EntryNotFoundError,
     GatedRepoError,
     HFValidationError,
     LocalEntryNotFoundError,
@@ -19,6 +20,7 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError, safe_open
 
+ANSWERS = (GatedRepoError, RevisionNotFoundError, RepositoryNotFoundError, HFValidationError, EntryNotFoundError)
 OTHER_FILES = ["*.fp16*", "*.bin", "*.msgpack", "*.onnx*", "*.gguf"]  # the same weights once more, in other formats
 SAMPLE = 1 << 16  # bytes
 TRANSFORMER = "SD3Transformer2DModel"
@@ -40,15 +42,47 @@ def local_folder(what: str, path: str, revision: str | None, patterns: Sequence[
     """
     if Path(path).is_dir():
         return Path(path)
-    if Path(path).is_absolute() or path.startswith(".") or path.count("/") != 1:
-        raise FileNotFoundError(f"{what} folder {path!r} does not exist")
+    _refuse_no_id(what, path)
     try:
         return Path(snapshot_download(path, revision=revision, allow_patterns=[*patterns], ignore_patterns=OTHER_FILES))
     except Exception as error:  # the hub raises many kinds; all of them mean: not here
-        raise FileNotFoundError(_refusal(error, what, path, revision)) from error
+        raise FileNotFoundError(refusal(error, what, path, revision)) from error
 
 
-def _refusal(error: Exception, what: str, path: str, revision: str | None) -> str:
+def local_file(what: str, path: str, name: str, revision: str | None) -> Path:
+    """A file of a folder, or of a model of the hub; otherwise as ``local_folder``.
+
+    Raises:
+        FileNotFoundError: saying what stands between us and the file.
+    """
+    if (folder := Path(path)).is_dir():
+        if (folder / name).is_file():
+            return folder / name
+        raise FileNotFoundError(f"{what} folder {path!r} has no {name}")
+    _refuse_no_id(what, path)
+    try:
+        return Path(hf_hub_download(path, name, revision=revision))
+    except Exception as error:
+        raise FileNotFoundError(refusal(error, what, path, revision, name)) from error
+
+
+def _refuse_no_id(what: str, path: str) -> None:
+    if Path(path).is_absolute() or path.startswith(".") or path.count("/") != 1:
+        raise FileNotFoundError(f"{what} folder {path!r} does not exist")
+
+
+def refusal(error: BaseException, what: str, path: str, revision: str | None, name: str = "such file") -> str:
+    """What the hub's answer to a request for a model, or for a file of it, means for whoever asked.
+
+    Args:
+        error: what was raised; libraries may have wrapped the hub's own error.
+        what: how to call it: "model".
+        path, revision, name: what was asked for.
+    """
+    causes = [error]
+    while (cause := causes[-1].__cause__) is not None:
+        causes.append(cause)
+    error = next((cause for cause in causes if isinstance(cause, ANSWERS)), error)
     if isinstance(error, GatedRepoError):
         page = f"https://huggingface.co/{path}"
         return f"{what} {path!r} is gated: accept its terms at {page}, then log in (`hf auth login`, or HF_TOKEN)"
@@ -64,7 +98,10 @@ def _refusal(error: Exception, what: str, path: str, revision: str | None) -> st
             f"{what} {path!r} is not a folder, the hub cannot be reached, and its cache does not hold all of it; "
             "run once with a connection (and without HF_HUB_OFFLINE), or give a folder"
         )
-    return f"{what} {path!r} is neither a folder nor a reachable model of the hub ({type(error).__name__}: {error})"
+    if isinstance(error, EntryNotFoundError):
+        return f"{what} {path!r} of the hub has no {name}"
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"{what} {path!r} is neither a folder nor a reachable model of the hub ({type(error).__name__}: {first})"
 
 
 class ModelFiles:

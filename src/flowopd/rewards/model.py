@@ -10,7 +10,6 @@ from threading import RLock
 from typing import Any, Literal
 
 import torch
-from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
 
 from flowopd.core.ranges import at_least, one_of
@@ -105,15 +104,12 @@ def weights_file(path: str, name: str, revision: str | None, source: str) -> Pat
     Raises:
         FileNotFoundError: if it is not there.
     """
-    if (folder := Path(path)).is_dir():
-        if (folder / name).is_file():
-            return folder / name
-        raise FileNotFoundError(f"folder {path!r} has no {name}; {source}")
+    from flowopd.models.files import local_file  # brings diffusers along, which reading alone needs
+
     try:
-        return Path(hf_hub_download(path, name, revision=revision))
-    except Exception as error:  # the hub raises many kinds; all of them mean: not here
-        where = "is neither a folder nor a reachable model of the hub with"
-        raise FileNotFoundError(f"{path!r} {where} {name} ({type(error).__name__}); {source}") from error
+        return local_file("model", path, name, revision)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}; {source}") from error
 
 
 def read_pretrained(kind: Any, path: str, source: str, **options: Any) -> Any:  # noqa: ANN401
@@ -131,13 +127,13 @@ def read_pretrained(kind: Any, path: str, source: str, **options: Any) -> Any:  
     try:
         return kind.from_pretrained(path, **options)
     except Exception as error:  # transformers, safetensors and the hub raise many kinds
-        where = (
-            "is a folder without"
-            if Path(path).is_dir()
-            else "is neither a folder nor a reachable model of the hub with"
-        )
-        what = f"files that {kind.__name__} can read ({type(error).__name__})"
-        raise FileNotFoundError(f"{path!r} {where} {what}; {source}") from error
+        from flowopd.models.files import refusal
+
+        files = f"files that {kind.__name__} can read ({type(error).__name__})"
+        reason = f"model folder {path!r} is without {files}"
+        if not Path(path).is_dir():
+            reason = refusal(error, "model", path, options.get("revision"), files)
+        raise FileNotFoundError(f"{reason}; {source}") from error
 
 
 def read_tensors(file: Path) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from flowopd.models.adapters.lora import adapter_parameters
 from flowopd.preflight.costs import Cost, Speed, decode_flop, measure, trace
 from flowopd.preflight.forwards import DECODED, TRAINED, count_forwards
 from flowopd.preflight.shapes import ADAPTER, Shapes, adapter_spec, nbytes
+from flowopd.rewards.model import resident_bytes
 from flowopd.teachers import FullTeacher, LoRATeacher
 from flowopd.training.callbacks.ema import EMA
 from flowopd.training.policy import FlowPolicy
@@ -28,17 +29,6 @@ from flowopd.training.rollout_data import RolloutDataModule
 from flowopd.training.signals import RewardCallback, Signals, signals_among
 
 GB = 1e9
-
-# Millions of parameters by the class of a reward, from the cards of their models.
-REWARDS = {
-    "GenEval": 497,
-    "PickScore": 986,
-    "HPSv2": 986,
-    "ImageReward": 445,
-    "CLIPScore": 428,
-    "Aesthetic": 429,
-    "DeQA": 8200,
-}
 
 
 @dataclass(frozen=True)
@@ -197,15 +187,7 @@ def optimizer_bytes(policy: FlowPolicy, shapes: Shapes) -> float:
 
 def _rewards(callbacks: Iterable[Callback]) -> dict[str, float]:
     rewards = [callback.scorer.reward for callback in callbacks if isinstance(callback, RewardCallback)]
-    resident = {type(reward).__name__: reward for reward in rewards if not getattr(reward, "offload", False)}
-    known = {kind: REWARDS[kind] * 1e6 for kind in resident if kind in REWARDS}
-    return {f"reward {kind}": count * _itemsize(resident[kind]) for kind, count in known.items()}
-
-
-def _itemsize(reward: Any) -> int:  # noqa: ANN401
-    dtype = getattr(reward, "dtype", torch.float32)
-    found: torch.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    return found.itemsize
+    return {f"reward network {name}": size for name, size in resident_bytes(rewards).items()}
 
 
 def trained_rows(policy: FlowPolicy, data: RolloutDataModule) -> int:

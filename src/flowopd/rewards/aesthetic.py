@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import ClassVar
 
 from torch import Tensor, nn
 
 from flowopd.records import Prompt
 from flowopd.rewards.base import Scores
-from flowopd.rewards.clip import CLIP, OPENAI_L14, cropped, shared_clip
+from flowopd.rewards.clip import CLIP, L14_NUMBERS, OPENAI_L14, cropped, shared_clip
 from flowopd.rewards.model import ModelReward, Precision, linear_head, read_tensors, weights_file
 
+HEAD = "camenduru/improved-aesthetic-predictor"
 FILE = "sac+logos+ava1-l14-linearMSE.pth"
 
 
@@ -33,9 +35,11 @@ class Aesthetic(ModelReward):
         LAION-5B: An open large-scale dataset for training next generation image-text models (Schuhmann et al., 2022).
     """
 
+    weights: ClassVar = {OPENAI_L14: L14_NUMBERS, HEAD: 927_969}
+
     def __init__(
         self,
-        path: str = "camenduru/improved-aesthetic-predictor",
+        path: str = HEAD,
         revision: str | None = None,
         clip: str = OPENAI_L14,
         clip_revision: str | None = None,

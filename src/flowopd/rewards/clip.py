@@ -18,6 +18,7 @@ from torchvision.transforms.v2 import functional as vision
 from flowopd.rewards.model import Precision, weights_file
 
 OPENAI_L14 = "timm/vit_large_patch14_clip_224.openai"
+L14_NUMBERS = 427_616_513
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}  # in half precision, norms stay float32
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import ClassVar
 
 from torch import Tensor, nn
 
 from flowopd.core.ranges import one_of
 from flowopd.records import Prompt
 from flowopd.rewards.base import Scores
-from flowopd.rewards.clip import CLIP, OPENAI_L14, Resize, cropped, shared_clip
+from flowopd.rewards.clip import CLIP, L14_NUMBERS, OPENAI_L14, Resize, cropped, shared_clip
 from flowopd.rewards.model import ModelReward, Precision
 
 
@@ -30,6 +31,8 @@ class CLIPScore(ModelReward):
     References:
         CLIPScore: A Reference-free Evaluation Metric for Image Captioning (Hessel et al., 2021).
     """
+
+    weights: ClassVar = {OPENAI_L14: L14_NUMBERS}
 
     def __init__(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -10,6 +11,8 @@ from flowopd.records import Prompt
 from flowopd.rewards.base import Scores
 from flowopd.rewards.clip import CLIP, padded, read_clip
 from flowopd.rewards.model import ModelReward, Precision, weights_file
+
+NETWORK = "xswu/HPSv2"
 
 
 class HPSv2(ModelReward):
@@ -32,9 +35,11 @@ class HPSv2(ModelReward):
         (Wu et al., 2023).
     """
 
+    weights: ClassVar = {NETWORK: 986_109_441}
+
     def __init__(
         self,
-        path: str = "xswu/HPSv2",
+        path: str = NETWORK,
         revision: str | None = None,
         file: str = "HPS_v2.1_compressed.pt",
         architecture: str = "ViT-H-14",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from math import isqrt
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from flowopd.rewards.base import Scores
 from flowopd.rewards.clip import cropped
 from flowopd.rewards.model import ModelReward, Precision, linear_head, read_pretrained, read_tensors, weights_file
 
+NETWORK = "THUDM/ImageReward"
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the raw score over the training images
 PROMPT_TOKENS = 35
 HEAD_WIDTH = 64  # of the vision transformer's attention, in every size of it
@@ -64,9 +65,11 @@ class ImageReward(ModelReward):
         ImageReward: Learning and Evaluating Human Preferences for Text-to-Image Generation (Xu et al., 2023).
     """
 
+    weights: ClassVar = {NETWORK: 446_206_689}
+
     def __init__(
         self,
-        path: str = "THUDM/ImageReward",
+        path: str = NETWORK,
         revision: str | None = None,
         tokenizer: str = "google-bert/bert-base-uncased",
         dtype: Precision = "float32",

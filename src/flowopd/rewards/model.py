@@ -7,14 +7,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from threading import RLock
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from flowopd.core.ranges import at_least, one_of
 from flowopd.records import Prompt
-from flowopd.rewards.base import Scores, as_bytes
+from flowopd.rewards.base import Reward, Scores, as_bytes
+from flowopd.rewards.weighted import Weighted
 
 Precision = Literal["float32", "bfloat16", "float16"]
 
@@ -30,9 +31,15 @@ class ModelReward(ABC):
         offload: keep the weights on the CPU between uses.
         dtype: what the network computes in.
 
+    Attributes:
+        weights: how many numbers the published networks have, by their names on the hub; rewards share what they both
+            name.
+
     Raises:
         ValueError: if one of them is out of range.
     """
+
+    weights: ClassVar[Mapping[str, int]] = {}
 
     def __init__(self, batch_size: int = 16, offload: bool = False, dtype: Precision = "float32") -> None:
         at_least(1, batch_size=batch_size)
@@ -90,6 +97,21 @@ class ModelReward(ABC):
     def score(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Scores (B,), float32, on the images' device."""
         return self.detail(images, prompts).value
+
+
+def resident_bytes(rewards: Iterable[Reward]) -> dict[str, int]:
+    """Bytes of the published networks that rewards keep on the device, by name and precision; a shared one counts once.
+
+    Terms of a ``Weighted`` count like any other; networks of rewards that ``offload`` do not.
+    """
+    found: dict[str, int] = {}
+    for reward in rewards:
+        if isinstance(reward, Weighted):
+            found |= resident_bytes(reward.terms.values())
+        if isinstance(reward, ModelReward) and not reward.offload:
+            size = reward.torch_dtype.itemsize
+            found |= {f"{name}, {reward.dtype}": count * size for name, count in reward.weights.items()}
+    return found
 
 
 def weights_file(path: str, name: str, revision: str | None, source: str) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.nn.functional import normalize
@@ -14,6 +14,7 @@ from flowopd.rewards.base import Scores
 from flowopd.rewards.clip import cropped
 from flowopd.rewards.model import ModelReward, Precision, read_pretrained
 
+NETWORK = "yuvalkirstain/PickScore_v1"
 PAPER = 26.0  # a score of 1 in training, on the paper's scale
 
 
@@ -34,9 +35,11 @@ class PickScore(ModelReward):
         Pick-a-Pic: An Open Dataset of User Preferences for Text-to-Image Generation (Kirstain et al., 2023).
     """
 
+    weights: ClassVar = {NETWORK: 986_109_441}
+
     def __init__(
         self,
-        path: str = "yuvalkirstain/PickScore_v1",
+        path: str = NETWORK,
         revision: str | None = None,
         tokenizer: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
         dtype: Precision = "float32",

@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
@@ -22,6 +23,7 @@ from flowopd.rewards.base import Scores
 from flowopd.rewards.deqa.owl2 import Owl2, Sizes
 from flowopd.rewards.model import ModelReward, Precision, read_tensors, weights_file
 
+NETWORK = "zhiyuanyou/DeQA-Score-Mix3"
 SOURCE = "`hf download zhiyuanyou/DeQA-Score-Mix3` fetches DeQA's weights (16.4 GB)"
 WEIGHTS = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
 
@@ -44,9 +46,11 @@ class DeQA(ModelReward):
         2025); mPLUG-Owl2 (Ye et al., 2023).
     """
 
+    weights: ClassVar = {NETWORK: 8_204_550_144}
+
     def __init__(
         self,
-        path: str = "zhiyuanyou/DeQA-Score-Mix3",
+        path: str = NETWORK,
         revision: str | None = None,
         dtype: Precision = "float16",
         batch_size: int = 16,

@@ -15,6 +15,7 @@ from flowopd.rewards.geneval.verdicts import LEAST_SCORE, Detection
 from flowopd.rewards.model import read_pretrained
 
 META = "facebook/mask2former-swin-small-coco-instance"
+META_NUMBERS = 68_741_083
 SOURCE = f"`hf download {META}` gets Meta's, `flowopd convert` makes a folder of GenEval's own"
 SHORT, LONG, DIVISOR = 800, 1333, 32  # pixels
 MEAN = (123.675, 116.28, 103.53)  # of RGB in [0, 255], ImageNet's

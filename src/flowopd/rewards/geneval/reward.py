@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +12,9 @@ from flowopd.core.ranges import one_of
 from flowopd.prompts.geneval import TAGS
 from flowopd.records import Prompt
 from flowopd.rewards.base import Scores, as_bytes
-from flowopd.rewards.clip import OPENAI_L14, shared_clip
+from flowopd.rewards.clip import L14_NUMBERS, OPENAI_L14, shared_clip
 from flowopd.rewards.geneval.colours import ColorNamer
-from flowopd.rewards.geneval.detector import META, Detector, read_detector
+from flowopd.rewards.geneval.detector import META, META_NUMBERS, Detector, read_detector
 from flowopd.rewards.geneval.verdicts import (
     Compat,
     Detection,
@@ -48,6 +49,8 @@ class GenEval(ModelReward):
         dtype: precision of both networks; what follows the detector is float32 in any case.
         offload: keep the weights on the CPU between uses.
     """
+
+    weights: ClassVar = {META: META_NUMBERS, OPENAI_L14: L14_NUMBERS}
 
     def __init__(
         self,

@@ -5,8 +5,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from flowopd.core.shown import Shown
 
-class GroupAdvantage:
+
+class GroupAdvantage(Shown):
     """Rewards against the siblings' mean,  A_i = clip((r_i - mean_group) / (std + ε)).
 
     A reward of NaN (scoring failed) gets advantage 0 and leaves its siblings' mean alone. Groups whose rewards are all
@@ -19,6 +21,12 @@ class GroupAdvantage:
 
     References:
         Flow-GRPO (arXiv 2505.05470), whose released code scales by the batch.
+
+    >>> rewards = torch.tensor([1.0, 0.0, 1.0, torch.nan])  # two groups of two siblings
+    >>> GroupAdvantage("group")(rewards, group_size=2)
+    tensor([ 0.9998, -0.9998,  0.0000,  0.0000])
+    >>> GroupAdvantage("none")(rewards, group_size=2)
+    tensor([ 0.5000, -0.5000,  0.0000,  0.0000])
     """
 
     def __init__(

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from flowopd.core.gaussian import Gaussian
+from flowopd.core.shown import Shown
 from flowopd.core.tensors import expand_like, same_shape
 
 
@@ -36,6 +37,11 @@ class Transition(Gaussian):
         velocity: (B, C, H, W).
         gain: (B,) derivative of the mean by the velocity; two velocities at one state differ by gain · Δv in mean.
         sigma, sigma_next: (B,).
+
+    >>> x, sigma, sigma_next = torch.ones(1, 1, 1, 1), torch.tensor([0.8]), torch.tensor([0.6])
+    >>> step = ODE().step(x, velocity=0 * x, sigma=sigma, sigma_next=sigma_next)
+    >>> step.mean.flatten(), step.shifted_to(velocity=x).mean.flatten()
+    (tensor([1.]), tensor([0.8000]))
     """
 
     velocity: Tensor = field(kw_only=True)
@@ -44,7 +50,7 @@ class Transition(Gaussian):
     sigma_next: Tensor = field(kw_only=True)
 
     def shifted_to(self, velocity: Tensor) -> "Transition":
-        """The step that another velocity proposes at the same state:  mean' = mean + gain · (v' - v)."""
+        """The step that another velocity (B, C, H, W) proposes at the same state:  mean' = mean + gain · (v' - v)."""
         same_shape(velocity=self.velocity, other=velocity)
         mean = self.mean + expand_like(self.gain, velocity) * (velocity - self.velocity)
         return Transition(
@@ -63,8 +69,22 @@ class Transition(Gaussian):
         )
 
 
-class Dynamics(ABC):
-    """A rule of stepping. Subclasses say where and how wide."""
+class Dynamics(Shown, ABC):
+    """A rule of stepping. Subclasses say where and how wide.
+
+    Attributes:
+        stochastic: whether its steps may inject noise.
+
+    >>> class Half(Dynamics):
+    ...     def coefficients(self, sigma: Tensor, sigma_next: Tensor) -> Coefficients:
+    ...         return Coefficients(torch.ones_like(sigma), (sigma_next - sigma) / 2, 0.1 * sigma_next)
+    >>> x, sigma, sigma_next = torch.zeros(1, 1, 1, 1), torch.tensor([1.0]), torch.tensor([0.6])
+    >>> step = Half().step(x, velocity=x + 1, sigma=sigma, sigma_next=sigma_next)
+    >>> step.mean.flatten(), step.std
+    (tensor([-0.2000]), tensor([0.0600]))
+    """
+
+    stochastic = True
 
     @abstractmethod
     def coefficients(self, sigma: Tensor, sigma_next: Tensor) -> Coefficients:
@@ -91,7 +111,13 @@ class Dynamics(ABC):
 
 
 class ODE(Dynamics):
-    """Euler step of the probability flow,  x' = x + (σ' - σ) · v,  std = 0."""
+    """Euler step of the probability flow,  x' = x + (σ' - σ) · v,  std = 0.
+
+    >>> ODE().coefficients(sigma=torch.tensor([0.8]), sigma_next=torch.tensor([0.6]))
+    Coefficients(state=tensor([1.]), gain=tensor([-0.2000]), std=tensor([0.]))
+    """
+
+    stochastic = False
 
     def coefficients(self, sigma: Tensor, sigma_next: Tensor) -> Coefficients:
         """State factor, velocity gain and width, each (B,)."""
@@ -125,6 +151,9 @@ class FlowSDE(_ScoreSDE):
 
     References:
         Flow-GRPO (arXiv 2505.05470).
+
+    >>> FlowSDE(0.7).coefficients(sigma=torch.tensor([0.8]), sigma_next=torch.tensor([0.6]))
+    Coefficients(state=tensor([0.7550]), gain=tensor([-0.2490]), std=tensor([0.6261]))
     """
 
     def __init__(self, noise_level: float = 0.7) -> None:
@@ -144,6 +173,9 @@ class DanceSDE(_ScoreSDE):
 
     References:
         DanceGRPO (arXiv 2505.07818).
+
+    >>> DanceSDE(0.3).coefficients(sigma=torch.tensor([0.8]), sigma_next=torch.tensor([0.6]))
+    Coefficients(state=tensor([0.9887]), gain=tensor([-0.2022]), std=tensor([0.1342]))
     """
 
     def __init__(self, noise_level: float = 0.3) -> None:
@@ -165,6 +197,9 @@ class CPS(Dynamics):
 
     References:
         Coefficients-Preserving Sampling for RL with flow matching (arXiv 2509.05952).
+
+    >>> CPS(0.5).coefficients(sigma=torch.tensor([0.8]), sigma_next=torch.tensor([0.6]))
+    Coefficients(state=tensor([0.8243]), gain=tensor([-0.2351]), std=tensor([0.4243]))
     """
 
     def __init__(self, noise_level: float = 0.7) -> None:

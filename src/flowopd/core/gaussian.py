@@ -16,6 +16,14 @@ class Gaussian:
     Args:
         mean: (B, C, H, W).
         std: (B,), ≥ 0; 0 makes the row deterministic.
+
+    >>> standard = Gaussian(mean=torch.zeros(2, 1, 1, 1), std=torch.tensor([1.0, 0.0]))  # the second row is sure
+    >>> standard.sample(torch.ones(2, 1, 1, 1)).flatten()
+    tensor([1., 0.])
+    >>> standard.log_prob(torch.zeros(2, 1, 1, 1))
+    tensor([-0.9189,  0.0000])
+    >>> standard.kl(Gaussian(torch.full((2, 1, 1, 1), 2.0), standard.std))
+    tensor([2., inf])
     """
 
     mean: Tensor

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from flowopd.core.dynamics import Transition
+from flowopd.core.shown import Shown
 from flowopd.core.tensors import row_mean, same_shape
 from flowopd.core.weights import CleanPicture, ExactKL, Released, Weighting
 
@@ -39,6 +40,9 @@ class Labels:
         state_kl: (B,) KL to the teacher at this state under the sampling policy, nats per latent dimension.
         kl_to_go: (B,) sum of the KLs of all later steps.
         weight: (B,) share of a row in the loss, 1 on average.
+
+    >>> Labels(advantage=torch.tensor([0.5])).present()
+    {'advantage': tensor([0.5000])}
     """
 
     x_next: Tensor | None = None
@@ -61,6 +65,14 @@ class Objective(Protocol):
     """A loss on visited steps.
 
     An implementation names the labels that it reads in ``needs``, so that a missing teacher is noticed at the start.
+
+    >>> class Distance:
+    ...     needs = frozenset({"target"})
+    ...     def loss(self, student: Transition, labels: Labels) -> tuple[Tensor, Metrics]:
+    ...         loss = squared_error(student, required(labels, "target")).mean()
+    ...         return loss, {"distill/loss": loss.detach()}
+    >>> isinstance(Distance(), Objective)
+    True
     """
 
     def loss(self, student: Transition, labels: Labels) -> tuple[Tensor, Metrics]:
@@ -68,7 +80,7 @@ class Objective(Protocol):
         ...
 
 
-class TransitionKL:
+class TransitionKL(Shown):
     """Pathwise distillation: the distance of the student's step to the teacher's, states fixed.
 
         L = mean_b  w(σ_b) · mean_{CHW} (v_θ - v_teacher)²
@@ -81,6 +93,12 @@ class TransitionKL:
 
     References:
         DiffusionOPD (arXiv 2605.15055); the first term of the reverse KL's gradient.
+
+    >>> from flowopd.core import FlowSDE
+    >>> x, sigma, sigma_next = torch.zeros(1, 4, 2, 2), torch.tensor([0.8]), torch.tensor([0.6])
+    >>> student = FlowSDE().step(x, velocity=x, sigma=sigma, sigma_next=sigma_next)
+    >>> TransitionKL().loss(student, Labels(target=x + 1))[0], student.kl(student.shifted_to(x + 1))
+    (tensor(0.0791), tensor([0.0791]))
     """
 
     needs = frozenset({"target"})
@@ -95,13 +113,20 @@ class TransitionKL:
         return loss, {"distill/loss": loss.detach(), "distill/velocity_mse": distance.detach().mean()}
 
 
-class FlowMatching:
+class FlowMatching(Shown):
     """Rectified-flow regression,  L = mean ‖v_θ - (noise - clean)‖², mean over B, C, H, W.
 
     Rows with a ``labels.weight`` count by it.
 
     References:
         Flow Matching for Generative Modeling (Lipman et al., 2023).
+
+    >>> from flowopd.core import ODE, interpolate, velocity_from
+    >>> clean, noise, sigma = torch.ones(1, 1, 1, 2), torch.zeros(1, 1, 1, 2), torch.tensor([0.5])
+    >>> x = interpolate(clean, noise, sigma)
+    >>> student = ODE().step(x, velocity=x, sigma=sigma, sigma_next=0 * sigma)
+    >>> FlowMatching().loss(student, Labels(target=velocity_from(clean, noise)))[0]  # (0.5 - -1)²
+    tensor(2.2500)
     """
 
     needs = frozenset({"target"})
@@ -113,7 +138,7 @@ class FlowMatching:
         return loss, {"flow_matching/loss": loss.detach()}
 
 
-class ClippedSurrogate:
+class ClippedSurrogate(Shown):
     """PPO's clipped surrogate on the steps of a rollout (GRPO).
 
         ρ = exp(log p_θ(x'|x) - log p_old(x'|x)),   L = -mean min(ρ·A, clip(ρ, 1 - ε, 1 + ε)·A)
@@ -126,6 +151,16 @@ class ClippedSurrogate:
 
     References:
         PPO (arXiv 1707.06347), Eq. 7; Flow-GRPO (arXiv 2505.05470).
+
+    >>> from flowopd.core import FlowSDE
+    >>> x, sigma, sigma_next = torch.zeros(1, 4, 2, 2), torch.tensor([0.8]), torch.tensor([0.6])
+    >>> student = FlowSDE().step(x, velocity=x, sigma=sigma, sigma_next=sigma_next)
+    >>> x_next = student.mean + 0.1  # what the rollout went on with
+    >>> log_prob_old = student.log_prob(x_next)
+    >>> labels = Labels(x_next=x_next, log_prob_old=log_prob_old, advantage=torch.tensor([2.0]))
+    >>> loss, metrics = ClippedSurrogate().loss(student, labels)
+    >>> loss, metrics["policy/ratio"]
+    (tensor(-2.), tensor(1.))
     """
 
     needs = frozenset({"x_next", "log_prob_old", "advantage"})
@@ -138,7 +173,7 @@ class ClippedSurrogate:
         return surrogate(student, labels, required(labels, "advantage"), self.clip_range, "policy")
 
 
-class LogRatioSurrogate:
+class LogRatioSurrogate(Shown):
     """On-policy distillation as a policy gradient: the sampled log-ratio is the advantage.
 
         A = D · (log p_teacher(x'|x) - log p_old(x'|x)),   L = clipped surrogate of A
@@ -148,6 +183,15 @@ class LogRatioSurrogate:
 
     Args:
         clip_range: ε of the surrogate; infinity for none.
+
+    >>> from flowopd.core import FlowSDE
+    >>> x, sigma, sigma_next = torch.zeros(1, 4, 2, 2), torch.tensor([0.8]), torch.tensor([0.6])
+    >>> student = FlowSDE().step(x, velocity=x, sigma=sigma, sigma_next=sigma_next)
+    >>> x_next = student.mean + 0.1  # what the rollout went on with
+    >>> log_prob_old = student.log_prob(x_next)
+    >>> labels = Labels(x_next=x_next, log_prob_old=log_prob_old, target=x - 1)
+    >>> LogRatioSurrogate().loss(student, labels)[0]  # a teacher that makes what was sampled likelier: A > 0
+    tensor(0.2490)
     """
 
     needs = frozenset({"x_next", "log_prob_old", "target"})
@@ -163,7 +207,7 @@ class LogRatioSurrogate:
         return surrogate(student, labels, advantage, self.clip_range, "distill")
 
 
-class ReturnToGo:
+class ReturnToGo(Shown):
     """How a step changes which states come later: the other half of the trajectory KL's gradient.
 
         A_j = -D · Σ_{k>j} K_k(x_k),   L = surrogate of A  [+ pathwise KL]
@@ -173,25 +217,34 @@ class ReturnToGo:
     Args:
         pathwise: add ``TransitionKL`` with exact weights.
         clip_range: ε of the surrogate; infinity for none.
+
+    >>> from flowopd.core import FlowSDE
+    >>> x, sigma, sigma_next = torch.zeros(1, 4, 2, 2), torch.tensor([0.8]), torch.tensor([0.6])
+    >>> student = FlowSDE().step(x, velocity=x, sigma=sigma, sigma_next=sigma_next)
+    >>> x_next = student.mean + 0.1  # what the rollout went on with
+    >>> log_prob_old = student.log_prob(x_next)
+    >>> labels = Labels(x_next=x_next, log_prob_old=log_prob_old, target=x + 1, kl_to_go=torch.tensor([0.25]))
+    >>> ReturnToGo(pathwise=False).loss(student, labels)[0]  # D · 0.25
+    tensor(4.)
     """
 
     needs = frozenset({"x_next", "log_prob_old", "target", "kl_to_go"})
 
     def __init__(self, pathwise: bool = True, clip_range: float = math.inf) -> None:
-        self.pathwise = TransitionKL(ExactKL()) if pathwise else None
+        self.pathwise = pathwise
         self.clip_range = clip_range
 
     def loss(self, student: Transition, labels: Labels) -> tuple[Tensor, Metrics]:
         """Return the surrogate of ``-labels.kl_to_go``."""
         advantage = -dimensions(student) * required(labels, "kl_to_go")
         loss, metrics = surrogate(student, labels, advantage, self.clip_range, "return_to_go")
-        if self.pathwise is None:
+        if not self.pathwise:
             return loss, metrics
-        pathwise, more = self.pathwise.loss(student, labels)
+        pathwise, more = TransitionKL(ExactKL()).loss(student, labels)
         return loss + pathwise, metrics | more
 
 
-class StateRewardSurrogate:
+class StateRewardSurrogate(Shown):
     """Flow-OPD's Eq. 10-11 to the letter, for ablations: the step's own KL, detached, is its reward.
 
         r_j = -K_j(x_j),   L = clipped surrogate of r_j with the ratio of the same step
@@ -203,6 +256,15 @@ class StateRewardSurrogate:
 
     References:
         Flow-OPD (arXiv 2605.08063), Eq. 10-11.
+
+    >>> from flowopd.core import FlowSDE
+    >>> x, sigma, sigma_next = torch.zeros(1, 4, 2, 2), torch.tensor([0.8]), torch.tensor([0.6])
+    >>> student = FlowSDE().step(x, velocity=x, sigma=sigma, sigma_next=sigma_next)
+    >>> x_next = student.mean + 0.1  # what the rollout went on with
+    >>> log_prob_old = student.log_prob(x_next)
+    >>> labels = Labels(x_next=x_next, log_prob_old=log_prob_old, state_kl=torch.tensor([0.25]))
+    >>> StateRewardSurrogate().loss(student, labels)[0]
+    tensor(0.2500)
     """
 
     needs = frozenset({"x_next", "log_prob_old", "state_kl"})
@@ -215,7 +277,7 @@ class StateRewardSurrogate:
         return surrogate(student, labels, -required(labels, "state_kl"), self.clip_range, "state_reward")
 
 
-class ReleasedKL:
+class ReleasedKL(Shown):
     """What the public Flow-OPD code computes (``kl_only``).
 
         K = mean (Δmean)² / 2g²,   A_i = clamp(-K_i, ±5) with its gradient,
@@ -230,6 +292,15 @@ class ReleasedKL:
 
     References:
         The released code of Flow-OPD (arXiv 2605.08063).
+
+    >>> from flowopd.core import FlowSDE
+    >>> x, sigma, sigma_next = torch.zeros(1, 4, 2, 2), torch.tensor([0.8]), torch.tensor([0.6])
+    >>> student = FlowSDE().step(x, velocity=x, sigma=sigma, sigma_next=sigma_next)
+    >>> x_next = student.mean + 0.1  # what the rollout went on with
+    >>> log_prob_old = student.log_prob(x_next)
+    >>> labels = Labels(x_next=x_next, log_prob_old=log_prob_old, target=x + 1)
+    >>> ReleasedKL().loss(student, labels)[0], TransitionKL(Released()).loss(student, labels)[0]
+    (tensor(0.0158), tensor(0.0158))
     """
 
     needs = frozenset({"x_next", "log_prob_old", "target"})
@@ -249,7 +320,7 @@ class ReleasedKL:
         return loss, {"distill/loss": loss.detach(), "distill/velocity_mse": distance.detach().mean()}
 
 
-class Anchored:
+class Anchored(Shown):
     """Any objective plus a pull to the anchor:  L = L_objective + λ · mean w · mean (v_θ - v_anchor)².
 
     With the frozen aesthetic teacher as anchor this is MAR, Manifold Anchor Regularization; with the base model it is
@@ -262,6 +333,13 @@ class Anchored:
 
     References:
         Flow-OPD (arXiv 2605.08063), MAR.
+
+    >>> from flowopd.core import ODE, Uniform
+    >>> x, sigma = torch.ones(1, 1, 1, 1), torch.tensor([0.5])
+    >>> student = ODE().step(x, velocity=3 * x, sigma=sigma, sigma_next=sigma / 2)
+    >>> anchored = Anchored(FlowMatching(), strength=0.1, weighting=Uniform())
+    >>> anchored.loss(student, Labels(target=x, anchor=0 * x))  # (3 - 1)² + 0.1 · 3²
+    (tensor(4.9000), {'flow_matching/loss': tensor(4.), 'anchor/loss': tensor(9.)})
     """
 
     def __init__(self, objective: Objective, strength: float = 0.02, weighting: Weighting | None = None) -> None:
@@ -278,7 +356,7 @@ class Anchored:
         return loss + self.strength * pull, metrics | {"anchor/loss": pull.detach()}
 
 
-class SelfNormalisedDistance:
+class SelfNormalisedDistance(Shown):
     """A squared distance to the teacher that counts as an absolute one: every row is divided by its own size.
 
         e = √w(σ) · (v_θ - v_teacher),   L = mean_b  mean e² / sg(mean |e|),    mean over C, H, W of a row
@@ -316,7 +394,7 @@ class SelfNormalisedDistance:
         return loss, {"distill/loss": loss.detach(), "distill/velocity_mse": distance.detach().mean()}
 
 
-class WeightedSum:
+class WeightedSum(Shown):
     """Several objectives on the same states,  L = Σ_k w_k · L_k;  its gradient is Σ_k w_k · ∇L_k.
 
     Such as reward and distillation together: a clipped surrogate of the advantage, and the distance to the teacher.

@@ -5,17 +5,26 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from flowopd.core.shown import Shown
+
 
 @runtime_checkable
 class Schedule(Protocol):
-    """A grid of noise levels."""
+    """A grid of noise levels; anything with this method is one.
+
+    >>> class Quadratic:
+    ...     def sigmas(self, num_steps: int) -> Tensor:
+    ...         return torch.linspace(1, 0, num_steps + 1) ** 2
+    >>> isinstance(Quadratic(), Schedule)
+    True
+    """
 
     def sigmas(self, num_steps: int) -> Tensor:
         """Return (num_steps + 1,) float32 levels, strictly decreasing from 1 to 0."""
         ...
 
 
-class LinearSchedule:
+class LinearSchedule(Shown):
     """Equal steps,  σ_j = 1 - j / T.
 
     >>> LinearSchedule().sigmas(4)
@@ -27,7 +36,7 @@ class LinearSchedule:
         return torch.linspace(1, 0, num_steps + 1, dtype=torch.float64).float()
 
 
-class ShiftedSchedule:
+class ShiftedSchedule(Shown):
     """The grid of SD3: timesteps squeezed towards noise,  s(σ) = shift · σ / (1 + (shift - 1) · σ).
 
     Equal to diffusers' ``FlowMatchEulerDiscreteScheduler``, which shifts twice: its linear grid ends in the shifted

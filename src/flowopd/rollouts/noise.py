@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from flowopd.core.seeds import seed_of
+from flowopd.core.shown import Shown
 
 
-class RowNoise:
+class RowNoise(Shown):
     """Standard normal noise for B rows, drawn from one seed per row and step.
 
     A row's noise depends on its own key alone, so that splitting a rollout over micro-batches or ranks, or resuming a
@@ -21,6 +22,16 @@ class RowNoise:
         starts: B keys of the starting noise; siblings may share one.
         rows: B keys of the noise of the steps, all different.
         device: where the noise is wanted; it is drawn on the CPU, so that every device sees the same.
+
+    >>> siblings = RowNoise((1, 1, 2), starts=["cat", "cat"], rows=["cat 0", "cat 1"])
+    >>> siblings.start()[:, 0, 0]
+    tensor([[0.2114, 0.0458],
+            [0.2114, 0.0458]])
+    >>> siblings.step(3)[:, 0, 0]
+    tensor([[ 0.2833,  1.9533],
+            [-0.1266,  0.1389]])
+    >>> torch.equal(siblings[1:].step(3), siblings.step(3)[1:])
+    True
     """
 
     def __init__(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flowopd.core.dynamics import ODE, Dynamics, FlowSDE, Transition
 from flowopd.core.schedules import Schedule, ShiftedSchedule
+from flowopd.core.shown import Shown
 from flowopd.records import Conditioning, Prompt, Rollout, StepBatch
 from flowopd.rollouts.noise import RowNoise, generator
 from flowopd.rollouts.steps import Steps
@@ -22,7 +23,7 @@ class VelocityField(Protocol):
         ...
 
 
-class Sampler:
+class Sampler(Shown):
     """Grid, dynamics and noise window of a policy.
 
     Args:
@@ -38,6 +39,20 @@ class Sampler:
 
     Raises:
         ValueError: if a window is empty or reaches outside the steps.
+
+    >>> sampler = Sampler(num_steps=4, window=(0, 2))
+    >>> sampler.sigmas()
+    tensor([1.0000, 0.8577, 0.6022, 0.0089, 0.0000])
+    >>> sampler.noisy()
+    tensor([ True,  True, False, False])
+    >>> prompts, cond = [Prompt("a cat", "animals")] * 2, Conditioning(torch.zeros(2, 1, 1), torch.zeros(2, 1))
+    >>> noise = RowNoise((1, 1, 1), starts=["cat", "cat"], rows=["cat 0", "cat 1"])
+    >>> towards_zero = lambda x, sigma, cond: x / sigma[:, None, None, None]  # noise - clean, where clean is 0
+    >>> sampler.rollout(towards_zero, prompts, cond, noise).latents[:, :, 0, 0, 0]
+    tensor([[ 0.2114,  1.1647,  1.2102,  0.0179,  0.0000],
+            [ 0.2114, -0.9545, -1.2572, -0.0186,  0.0000]])
+    >>> sampler.draw(towards_zero, cond, noise.start()).flatten()
+    tensor([0., 0.])
     """
 
     def __init__(
@@ -69,8 +84,7 @@ class Sampler:
     def noisy(self) -> Tensor:
         """(T,) bool, which steps inject noise."""
         steps = torch.arange(self.num_steps)
-        stochastic = not isinstance(self.dynamics, ODE)
-        return (steps >= self.window[0]) & (steps < self.window[1]) & stochastic
+        return (steps >= self.window[0]) & (steps < self.window[1]) & self.dynamics.stochastic
 
     def trained_steps(self) -> range:
         """Indices of the steps that may be trained on."""

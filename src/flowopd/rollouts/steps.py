@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from flowopd.core.ranges import above, at_least
+from flowopd.core.shown import Shown
 
 
-class Steps(ABC):
+class Steps(Shown, ABC):
     """A rule that draws which of n trainable steps are trained.
 
     Args:

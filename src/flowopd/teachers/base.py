@@ -6,6 +6,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from flowopd.core.shown import Shown
 from flowopd.models import AdapterSource, Backbone
 from flowopd.models.adapters.lora import Adapter, adapter_names, attach
 from flowopd.records import Conditioning
@@ -47,6 +48,10 @@ class LoRATeacher:
         self._name = ""
         self._fingerprint = ""
 
+    def __repr__(self) -> str:
+        path, subfolder, revision = self.source.path, self.source.subfolder, self.source.revision
+        return f"LoRATeacher({path=}, {subfolder=}, {revision=}, guidance_scale={self.guidance_scale})"
+
     def attach(self, backbone: Backbone) -> None:
         """Put the adapter on the backbone; the same adapter is carried once.
 
@@ -72,7 +77,7 @@ class LoRATeacher:
         return self._fingerprint
 
 
-class BaseTeacher:
+class BaseTeacher(Shown):
     """The backbone without any adapter: the reference policy of GRPO's KL.
 
     Args:
@@ -98,7 +103,7 @@ class BaseTeacher:
         return "base"
 
 
-class FullTeacher:
+class FullTeacher(Shown):
     """A fully fine-tuned model of its own, with the text encodings of the shared backbone.
 
     Args:

@@ -5,11 +5,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from flowopd.core.shown import Shown
 from flowopd.records import Conditioning
 from flowopd.teachers.base import Teacher
 
 
-class Router:
+class Router(Shown):
     """Hard routing R(c): a prompt's task names its teacher.
 
     Args:
@@ -19,6 +20,19 @@ class Router:
 
     References:
         Flow-OPD (arXiv 2605.08063), hard routing.
+
+    >>> class Constant(Shown):
+    ...     def __init__(self, value: float) -> None:
+    ...         self.value = value
+    ...     def attach(self, backbone: object) -> None: ...
+    ...     def velocity(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+    ...         return torch.full_like(x, self.value)
+    ...     def fingerprint(self) -> str:
+    ...         return str(self.value)
+    >>> x, cond = torch.zeros(3, 1, 1, 1), Conditioning(torch.zeros(3, 1, 1), torch.zeros(3, 1))
+    >>> router = Router({"text": Constant(1.0), "counting": Constant(2.0)})
+    >>> router.velocity(x, torch.ones(3), cond, tasks=["text", "counting", "text"]).flatten()
+    tensor([1., 2., 1.])
     """
 
     def __init__(self, teachers: Mapping[str, Teacher], lockstep: bool = False) -> None:

@@ -3,7 +3,6 @@
 import json
 import shutil
 from pathlib import Path
-from typing import get_type_hints
 
 import pytest
 import tiny
@@ -29,6 +28,7 @@ from flowopd.models.adapters.lora import (
     attach,
     take_adapter,
 )
+from flowopd.preflight.shapes import adapter_spec
 from flowopd.teachers import LoRATeacher
 from flowopd.training import GRPOTeacher, OPDStudent, TeacherCallback
 
@@ -684,7 +684,7 @@ def test_an_adapter_is_a_folder_or_a_file_in_it(tiny_pipeline, tmp_path):
         ("nowhere.safetensors", FileNotFoundError, r"adapter file '.*nowhere.safetensors' does not exist"),
         ("old.ckpt", ValueError, r"is not a .safetensors file; nothing else is read: a pickle may run code"),
         ("many", FileNotFoundError, rf"has no {CONFIG}; .*name it: 'step-1.safetensors' or 'step-2.safetensors'"),
-        ("pickled", FileNotFoundError, f"has no {WEIGHTS}; save it again with safe_serialization=True"),
+        ("pickled", FileNotFoundError, f"has no {WEIGHTS}; .* peft layout, with safe_serialization=True"),
     ],
 )
 def test_what_is_no_adapter_is_named(tmp_path, path, kind, sentence):
@@ -701,13 +701,29 @@ def test_what_is_no_adapter_is_named(tmp_path, path, kind, sentence):
         read_adapter(str(tmp_path / path))
 
 
+def test_a_plan_knows_the_shape_of_every_layout(tiny_pipeline, tmp_path):
+    folder = tiny.expert(tmp_path / "peft", tiny_pipeline, rank_pattern={"to_q": 6})
+    adapter = read_adapter(folder)
+    LAYOUTS["kohya"](adapter, tmp_path / "kohya.safetensors")
+    sources = [AdapterSource(folder), AdapterSource(str(tmp_path / "kohya.safetensors"))]
+    sources += [AdapterSource(str(tmp_path), "peft"), AdapterSource(str(tmp_path), "kohya.safetensors")]
+    for source in sources:
+        spec = adapter_spec(source)
+        assert spec.rank == 6
+        assert set(spec.targets) == set(adapter.parts)
+    assert adapter_spec(AdapterSource(str(tmp_path / "nowhere"))) is None
+    with pytest.raises(ValueError, match="has lora_alpha null in its config"):
+        adapter_spec(AdapterSource(edit(folder, lora_alpha=None)))
+
+
 @pytest.mark.parametrize("policy", [OPDStudent, GRPOTeacher])
 def test_a_start_is_named_as_a_teacher_is(policy):
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--start", type=get_type_hints(policy.__init__)["start"])
+    parser.add_class_arguments(policy, "model", instantiate=False, skip={"backbone"})
     source = {"path": "org/name", "subfolder": "OCRTeacher/lora", "revision": "v1"}
     merge = {"class_path": "flowopd.Merge", "init_args": {"adapters": [source, "runs/text/adapter"]}}
-    starts = [parser.instantiate_classes(parser.parse_object({"start": start})).start for start in ("a", source, merge)]
+    parsed = [parser.parse_object({"model": {"start": start}}) for start in ("a", source, merge)]
+    starts = [parser.instantiate_classes(config).model.start for config in parsed]
     assert starts[0] == "a"
     assert starts[1] == starts[2].adapters[0] == LoRATeacher(**source).source
 

@@ -100,8 +100,8 @@ def _in_folder(folder: Path) -> Path:
     if WEIGHTS in here:
         return folder / WEIGHTS
     if CONFIG in here:
-        pickled = "; save it again with safe_serialization=True" if "adapter_model.bin" in here else ""
-        raise FileNotFoundError(f"adapter folder {folder} has no {WEIGHTS}{pickled}")
+        how = ", with safe_serialization=True" if "adapter_model.bin" in here else ""
+        raise FileNotFoundError(f"adapter folder {folder} has no {WEIGHTS}; expected a LoRA saved in peft layout{how}")
     if DIFFUSERS_WEIGHTS in here:
         return folder / DIFFUSERS_WEIGHTS
     raise FileNotFoundError(

@@ -2,9 +2,11 @@
 
 import errno
 import gc
+import hashlib
 import multiprocessing
 import os
 import shutil
+import time
 import weakref
 from pathlib import Path
 
@@ -16,6 +18,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import loaded
 
+from flowopd.models import files as files_module
+from flowopd.models.files import ModelFiles
 from flowopd.models.textcache import MANIFEST, TextFolder, TextKey, TextMemory
 from flowopd.models.texts import TextEncoders
 from flowopd.records import Conditioning
@@ -311,3 +315,54 @@ def busy(folder: Path, results):
             found = store.get(str(i))
             wrong += found is None or not torch.equal(found.tokens, row(i).tokens)
     results.put(wrong)
+
+
+# ------------------------------------------------------------------------------------------------------------- identity
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A model of one part, whose file is too large to be read at every start."""
+    part = tmp_path / "model" / "part"
+    part.mkdir(parents=True)
+    (part / "weights.safetensors").write_bytes(bytes(6_000_000))
+    (part / "config.json").write_text("{}")
+    return ModelFiles(str(tmp_path / "model"))
+
+
+@pytest.mark.parametrize("place", [0, 1, 65_537, 70_000, 3_141_592, 5_999_999])
+@pytest.mark.parametrize("later", [False, True], ids=["at once", "remembered"])
+def test_any_changed_byte_is_another_model(model, tmp_path, place, later, monkeypatch):
+    """Also where the file keeps its length and its time."""
+    if later:
+        now = time.time_ns() + 10**10
+        monkeypatch.setattr(files_module.time, "time_ns", lambda: now)
+    remembered, file = tmp_path / "cache" / "digests.json", tmp_path / "model" / "part" / "weights.safetensors"
+    before, kept = model.identity(["part"], remembered), file.stat()
+    with file.open("r+b") as stream:
+        stream.seek(place)
+        stream.write(b"x")
+    os.utime(file, ns=(kept.st_atime_ns, kept.st_mtime_ns))
+    assert model.identity(["part"], remembered) != before
+    assert model.identity(["part"], remembered) == model.identity(["part"])
+
+
+def test_a_file_that_did_not_change_is_read_once(model, tmp_path, monkeypatch):
+    read, own = [], hashlib.file_digest
+    now = time.time_ns() + 10**10
+    monkeypatch.setattr(files_module.time, "time_ns", lambda: now)
+    monkeypatch.setattr(files_module.hashlib, "file_digest", lambda stream, kind: read.append(1) or own(stream, kind))
+    found = {model.identity(["part"], tmp_path / "cache" / "digests.json") for _ in range(3)}
+    assert (len(found), len(read)) == (1, 2)
+
+
+def test_a_copied_model_is_the_same_model(model, tmp_path):
+    shutil.copytree(tmp_path / "model", tmp_path / "copy")
+    assert ModelFiles(str(tmp_path / "copy")).identity(["part"]) == model.identity(["part"])
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "{"])
+def test_digests_that_cannot_be_read_are_made_anew(model, tmp_path, content):
+    (tmp_path / "digests.json").write_text(content)
+    assert model.identity(["part"], tmp_path / "digests.json") == model.identity(["part"])
+    assert model.identity(["part"], tmp_path / "digests.json" / "no folder") == model.identity(["part"])

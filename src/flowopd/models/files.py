@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
+import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 
 ANSWERS = (GatedRepoError, RevisionNotFoundError, RepositoryNotFoundError, HFValidationError, EntryNotFoundError)
 OTHER_FILES = ["*.fp16*", "*.bin", "*.msgpack", "*.onnx*", "*.gguf"]  # the same weights once more, in other formats
-SAMPLE = 1 << 16  # bytes
+SETTLED = 2 * 10**9  # ns: a file that was changed so lately may change again and keep its times
 TRANSFORMER = "SD3Transformer2DModel"
 
 
@@ -164,28 +166,54 @@ class ModelFiles:
             f"model {self.path!r} has no model_index.json; expected a StableDiffusion3Pipeline folder"
         )
 
-    def identity(self, parts: Sequence[str]) -> str:
-        """What tells these parts from any others: the hub's commit, or a digest of the files."""
+    def identity(self, parts: Sequence[str], remembered: Path | None = None) -> str:
+        """What tells these parts from any others: the hub's commit, or a digest of all that the files hold.
+
+        Args:
+            parts: names of the parts.
+            remembered: a JSON file that keeps the digests of files until they change: ten gigabytes take a minute.
+        """
         if self.remote:
             return f"{self.path}@{self.root.name}"
-        digest = hashlib.sha256()
-        for file in sorted(file for part in parts for file in self.part(part).rglob("*") if file.is_file()):
-            digest.update(f"{file.relative_to(self.root).as_posix()} {file.stat().st_size}".encode())
-            for sample in _samples(file):
-                digest.update(sample)
-        return digest.hexdigest()[:32]
+        files = sorted(file for part in parts for file in self.part(part).rglob("*") if file.is_file())
+        found = digests(files, remembered)
+        named = [f"{file.relative_to(self.root).as_posix()} {found[file]}" for file in files]
+        return hashlib.sha256("\n".join(named).encode()).hexdigest()[:32]
 
 
-def _samples(file: Path) -> Iterator[bytes]:
-    """A small file whole; of a large one 33 samples from its first to its last bytes (ten gigabytes take minutes)."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        if size <= 64 * SAMPLE:
-            yield stream.read()
-            return
-        for i in range(33):
-            stream.seek(i * (size - SAMPLE) // 32)
-            yield stream.read(SAMPLE)
+def digests(files: Sequence[Path], remembered: Path | None = None) -> dict[Path, str]:
+    """SHA-256 of every file.
+
+    Args:
+        files: to be read to their last byte.
+        remembered: a JSON file of what is known already; a digest there counts as long as size and times of the file
+            are what they were. Where it cannot be written, nothing is remembered.
+    """
+    known, found, now = _known_digests(remembered), dict[Path, str](), time.time_ns()
+    for file in files:
+        facts = file.stat()
+        key = f"{file.resolve()} {facts.st_size} {facts.st_mtime_ns} {facts.st_ctime_ns}"
+        with file.open("rb") as stream:
+            found[file] = known.get(key) or hashlib.file_digest(stream, "sha256").hexdigest()
+        if now - facts.st_ctime_ns > SETTLED:
+            known[key] = found[file]
+    if remembered is not None:
+        with suppress(OSError):
+            remembered.parent.mkdir(parents=True, exist_ok=True)
+            whole = remembered.with_name(f"{remembered.name}.{uuid.uuid4().hex}")
+            whole.write_text(json.dumps(known, indent=1), encoding="utf-8")
+            whole.replace(remembered)
+    return found
+
+
+def _known_digests(remembered: Path | None) -> dict[str, str]:
+    if remembered is None or not remembered.is_file():
+        return {}
+    try:
+        content = json.loads(remembered.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # made anew
+        return {}
+    return {str(key): str(value) for key, value in content.items()} if isinstance(content, dict) else {}
 
 
 @contextmanager

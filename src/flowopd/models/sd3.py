@@ -119,7 +119,8 @@ class SD3Backbone(Backbone):
         if self.activation_checkpointing:
             network.enable_gradient_checkpointing()
         if self.text_cache is not None:
-            self.texts.folder = TextFolder(Path(self.text_cache), self._text_key(), int(self.text_cache_gb * GB))
+            folder = Path(self.text_cache)
+            self.texts.folder = TextFolder(folder, self._text_key(folder), int(self.text_cache_gb * GB))
         self._network = network
 
     def latent_shape(self) -> tuple[int, int, int]:
@@ -187,8 +188,9 @@ class SD3Backbone(Backbone):
         t5 = self.files.index().get("text_encoder_3", [None])[0] is not None
         return [*CLIP_PARTS, *(T5_PARTS if t5 else ())]
 
-    def _text_key(self) -> TextKey:
-        return TextKey(self.files.identity(self._text_parts()), self.max_sequence_length, str(self.dtype))
+    def _text_key(self, folder: Path) -> TextKey:
+        model = self.files.identity(self._text_parts(), folder / "digests.json")
+        return TextKey(model, self.max_sequence_length, str(self.dtype))
 
     def velocity(
         self, x: Tensor, sigma: Tensor, cond: Conditioning, adapter: str | None = None, guidance_scale: float = 1.0

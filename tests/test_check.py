@@ -1,5 +1,6 @@
 """The laws of self-checks: what is right is ok, what is wrong is named, and a check changes nothing."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -168,6 +169,36 @@ def test_a_folder_that_cannot_be_made_is_named(found, tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
     monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1e6})())
     assert "has 0.0 GB left; a run needs 1.0 GB" in found()["run folder"].saw
+
+
+GUIDANCE = {  # the student's, the teacher's as it was given, the verdict, and what is said
+    "both without": (1.0, {}, "ok", r"student 1, teacher-red 1$"),
+    "folded": (1.0, {"guidance_scale": 1.4}, "ok", r"student 1, teacher-red 1.4$"),
+    "alike": (4.5, {"guidance_scale": 4.5}, "ok", r"student 4.5, teacher-red 4.5$"),
+    "meant so": (4.5, {"guidance_scale": 1.0}, "ok", r"student 4.5, teacher-red 1$"),
+    "left out": (
+        4.5,
+        {},
+        "warn",
+        r"1; teacher-red is asked without guidance, .* give it guidance_scale: 4.5",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", GUIDANCE)
+def test_every_role_s_guidance_is_told_and_one_left_out_beside_a_guided_student_is_a_warning(
+    found, tiny_pipeline, tmp_path, kind, capsys
+):
+    scale, given, state, said = GUIDANCE[kind]
+    teacher = TeacherCallback(["red"], LoRATeacher(tiny.expert(tmp_path / "teacher", tiny_pipeline), **given))
+    sampler = Sampler(num_steps=4, guidance_scale=scale)
+    verdict = found([teacher], sampler=sampler)["guidance"]
+    assert verdict.state == state
+    assert re.search(said, verdict.saw)
+    policy = tiny.policy(OPDStudent, tiny_pipeline, TransitionKL(), sampler=sampler)
+    tiny.trainer(tmp_path, [teacher, SelfCheck()]).fit(policy, tiny.data())
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "guidance: " in line]
+    assert line == ("warning: " if state == "warn" else "") + f"guidance: {verdict.saw}"
 
 
 # ------------------------------------------------------------------------------------------------------------- in a fit

@@ -219,15 +219,13 @@ def test_the_fused_road_needs_one_student_forward_per_step(opd, run, expert, mon
 @pytest.mark.parametrize("fused", [False, True], ids=["whole", "fused"])
 def test_whoever_behaves_leads_to_the_trained_states(opd, run, expert, other_expert, fused, monkeypatch):
     """Steps before the first trained one follow ``policy.behaviour``, on every road."""
-    policy, guide, batches = opd(sampler=Sampler(4, window=(0, 3), trained=(2, 3))), teach(other_expert), Batches()
-    monkeypatch.setattr(policy, "behaviour", lambda tasks: guide.role.teacher.velocity)
-    run(
-        policy,
-        tiny.data("red", "x", batch_size=8, fused=fused),
-        [teach(expert), TeacherCallback(["x"], guide.role.teacher), batches],
-    )
+    policy, batches = opd(sampler=Sampler(4, window=(0, 3), trained=(2, 3))), Batches()
+    guide = LoRATeacher(other_expert)
+    monkeypatch.setattr(policy, "behaviour", lambda tasks: guide.velocity)
+    data = tiny.data(batch_size=8, fused=fused, evaluation_prompts={task: tiny.Words(task) for task in ("red", "x")})
+    run(policy, data, [teach(expert), TeacherCallback(["x"], guide), batches])
     noise, sampler, cond = RowNoise((4, 8, 8), *[KEYS] * 2), policy.sampler, batches.seen[0].cond
-    led = sampler.rollout(guide.role.teacher.velocity, [Prompt("", "red")] * 8, cond, noise)
+    led = sampler.rollout(guide.velocity, [Prompt("", "red")] * 8, cond, noise)
     torch.testing.assert_close(batches.seen[0].x, led.latents[:, 2], rtol=0, atol=1e-6)
 
 

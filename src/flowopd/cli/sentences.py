@@ -10,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import ArgumentParser
 from lightning import Trainer
 
 import flowopd
@@ -47,7 +48,7 @@ def _explained(fault: str, owner: str) -> str:
     if fault == "No supported gpu backend found!":
         return "trainer.accelerator is gpu, but no GPU is found here; run where there is one, or give cpu"
     if found := re.fullmatch(r"Option '(\w+)' is not accepted", fault):
-        options = list(inspect.signature(_import(owner)).parameters)
+        options = ArgumentParser(exit_on_error=False).add_class_arguments(_import(owner))  # its parents' too
         return f"{owner} has no option {found[1]!r}{perhaps(found[1], options)}; it takes: {', '.join(options)}"
     if found := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", fault):
         module = import_module(found[1])

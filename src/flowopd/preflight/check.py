@@ -24,6 +24,7 @@ from flowopd.prompts.splits import held_out
 from flowopd.records import Conditioning, StepBatch
 from flowopd.rollouts import Draw
 from flowopd.teachers import BaseTeacher, FullTeacher, Teacher
+from flowopd.teachers.base import guidance_of, states_guidance
 from flowopd.training.policy import FlowPolicy
 from flowopd.training.roads import sampling
 from flowopd.training.rollout_data import RolloutDataModule
@@ -120,6 +121,9 @@ class SelfCheck(Callback):
             for verdict in run_checks(CHEAP, Subject(pl_module, data, trainer)):
                 if verdict.state == "FAIL":
                     raise ValueError(f"self-check failed before training: {verdict.name}: {verdict.saw}")
+                told = verdict.state == "warn" or (verdict.state == "ok" and verdict.name in TOLD)
+                if told and trainer.is_global_zero:
+                    print("warning: " * (verdict.state == "warn") + f"{verdict.name}: {verdict.saw}", flush=True)
 
 
 def run_checks(checks: Mapping[str, Callable[[Subject], str]], subject: Subject) -> Iterator[Verdict]:
@@ -219,7 +223,7 @@ def teachers_differ(subject: Subject) -> str:
 def _difference(subject: Subject, name: str, teacher: Teacher) -> str:
     if isinstance(teacher, BaseTeacher):
         return f"{name} is the base"
-    base = BaseTeacher(float(getattr(teacher, "guidance_scale", 1.0)))
+    base = BaseTeacher(guidance_of(teacher))
     base.attach(subject.policy.backbone)
     theirs, bases = subject.field(teacher.velocity), subject.field(base.velocity)
     if not bool(theirs.isfinite().all()):
@@ -227,6 +231,23 @@ def _difference(subject: Subject, name: str, teacher: Teacher) -> str:
     if torch.equal(theirs, bases):
         raise ValueError(f"{name} answers exactly as the base model does; its adapter was not trained, or not applied")
     return f"{name} differs by {float((theirs - bases).norm() / bases.norm()):.1%}"
+
+
+def guidance_is_meant(subject: Subject) -> str:
+    """Which guidance each role has; a teacher whose own was left out is like the student, or it is told."""
+    student = subject.policy.sampler.guidance_scale
+    teachers = subject.policy.signals.teaching.teachers_by_name()
+    if not teachers:
+        raise Skipped("there is no teacher")
+    scales = {"student": student} | {name: guidance_of(teacher) for name, teacher in teachers.items()}
+    said = ", ".join(f"{name} {'its own' if scale is None else f'{scale:g}'}" for name, scale in scales.items())
+    unlike = [name for name, t in teachers.items() if not states_guidance(t) and scales[name] != student]
+    if unlike:
+        raise Warned(
+            f"{said}; {unlike[0]} is asked without guidance, as it was given none: give it "
+            f"guidance_scale: {student:g}, or 1 if that is meant"
+        )
+    return said
 
 
 def ratio_is_one(subject: Subject) -> str:
@@ -308,6 +329,7 @@ CHECKS: dict[str, Callable[[Subject], str]] = {
     "weights load": weights_load,
     "run folder": folder_is_writable,
     "grids agree": grids_agree,
+    "guidance": guidance_is_meant,
     "teachers differ from the base": teachers_differ,
     "ratio is 1 at the first update": ratio_is_one,
     "K = 0 for a teacher equal to the student": own_kl_is_zero,
@@ -315,8 +337,15 @@ CHECKS: dict[str, Callable[[Subject], str]] = {
 }
 """All of them, in the order in which they are worth knowing."""
 
-CHEAP = {name: check for name, check in CHECKS.items() if check in (folder_is_writable, ratio_is_one, own_kl_is_zero)}
+CHEAP = {
+    name: check
+    for name, check in CHECKS.items()
+    if check in (folder_is_writable, guidance_is_meant, ratio_is_one, own_kl_is_zero)
+}
 """What a fit checks before its first update."""
+
+TOLD = ("guidance",)
+"""What a fit says of it, besides warnings."""
 
 WITHOUT_WEIGHTS: Sequence[Callable[[Subject], str]] = (
     recipe_fits,
@@ -324,6 +353,7 @@ WITHOUT_WEIGHTS: Sequence[Callable[[Subject], str]] = (
     prompts_answer,
     weights_load,
     folder_is_writable,
+    guidance_is_meant,
 )
 
 

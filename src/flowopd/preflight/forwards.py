@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from flowopd.models import Backbone
 from flowopd.records import Conditioning, Prompt
 from flowopd.teachers import Teacher
+from flowopd.teachers.base import guidance_of
 from flowopd.training.policy import FlowPolicy
 from flowopd.training.rollout_data import RolloutDataModule
 from flowopd.training.signals import AnchorCallback, RewardCallback, TeacherCallback
@@ -144,7 +145,7 @@ def _counting(callbacks: Iterable[Callback], counts: Counter[str]) -> list[Callb
             scorer = callback.scorer
             counting.append(RewardCallback(scorer.name, _NoReward(), scorer.tasks, scorer.weight))
         elif isinstance(callback, TeacherCallback | AnchorCallback):
-            scale = float(getattr(callback.role.teacher, "guidance_scale", 1.0))
+            scale = guidance_of(callback.teacher) or 1.0
             stand_in = _CountingTeacher(counts, callback.role.name, scale)
             counting.append(_with_teacher(callback, stand_in))
     return counting

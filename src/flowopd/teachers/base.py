@@ -36,14 +36,15 @@ class LoRATeacher:
         path: adapter folder, a ``.safetensors`` file, or a model id of the hub.
         subfolder: folder or file inside ``path``.
         revision: branch, tag or commit on the hub.
-        guidance_scale: the teacher's own guidance; 1 for none.
+        guidance_scale: the teacher's own guidance; 1 for none. Default: none, with a warning beside a guided student.
     """
 
     def __init__(
-        self, path: str, subfolder: str | None = None, revision: str | None = None, guidance_scale: float = 1.0
+        self, path: str, subfolder: str | None = None, revision: str | None = None, guidance_scale: float | None = None
     ) -> None:
         self.source = AdapterSource(path, subfolder, revision)
-        self.guidance_scale = guidance_scale
+        self.guidance_scale = 1.0 if guidance_scale is None else guidance_scale
+        self._states_guidance = guidance_scale is not None
         self._backbone: Backbone | None = None
         self._name = ""
         self._fingerprint = ""
@@ -81,11 +82,12 @@ class BaseTeacher(Shown):
     """The backbone without any adapter: the reference policy of GRPO's KL.
 
     Args:
-        guidance_scale: guidance; 1 for none.
+        guidance_scale: guidance; 1 for none. Default: none, with a warning beside a guided student.
     """
 
-    def __init__(self, guidance_scale: float = 1.0) -> None:
-        self.guidance_scale = guidance_scale
+    def __init__(self, guidance_scale: float | None = None) -> None:
+        self.guidance_scale = 1.0 if guidance_scale is None else guidance_scale
+        self._states_guidance = guidance_scale is not None
         self._backbone: Backbone | None = None
 
     def attach(self, backbone: Backbone) -> None:
@@ -109,14 +111,15 @@ class FullTeacher(Shown):
     Args:
         backbone: the second model: a pipeline, or a folder of its transformer alone. Its text encoders and its
             autoencoder are never read; its ``negative_prompt`` is its own.
-        guidance_scale: the teacher's own guidance; 1 for none.
+        guidance_scale: the teacher's own guidance; 1 for none. Default: none, with a warning beside a guided student.
         device: where it lives, such as ``cuda:1`` or ``cpu``; default: beside the shared backbone. States go there, and
             velocities come back.
     """
 
-    def __init__(self, backbone: Backbone, guidance_scale: float = 1.0, device: str | None = None) -> None:
+    def __init__(self, backbone: Backbone, guidance_scale: float | None = None, device: str | None = None) -> None:
         self.backbone = backbone
-        self.guidance_scale = guidance_scale
+        self.guidance_scale = 1.0 if guidance_scale is None else guidance_scale
+        self._states_guidance = guidance_scale is not None
         self.device = device
 
     def attach(self, backbone: Backbone) -> None:
@@ -142,6 +145,17 @@ class FullTeacher(Shown):
         for key, value in sorted(self.backbone.network.state_dict().items()):
             digest.update(f"{key} {tuple(value.shape)} {value.double().sum().item()!r}".encode())
         return digest.hexdigest()[:16]
+
+
+def guidance_of(teacher: Teacher) -> float | None:
+    """The guidance scale that a teacher is asked with; None if it is not a matter of one number."""
+    scale = getattr(teacher, "guidance_scale", None)
+    return None if scale is None else float(scale)
+
+
+def states_guidance(teacher: Teacher) -> bool:
+    """Whether the teacher's guidance was chosen, rather than left out."""
+    return getattr(teacher, "_states_guidance", True)
 
 
 def _check_changes_something(adapter: Adapter, source: AdapterSource) -> None:

@@ -67,13 +67,18 @@ class _CarriesTeacher(Callback):
 
     role: Role
 
+    @property
+    def teacher(self) -> Teacher:
+        """The teacher."""
+        return self.role.teacher
+
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"fingerprint": self.role.teacher.fingerprint()}  # the weights stay out of our checkpoints
+        return {"fingerprint": self.teacher.fingerprint()}  # the weights stay out of our checkpoints
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        found, expected = self.role.teacher.fingerprint(), state_dict["fingerprint"]
+        found, expected = self.teacher.fingerprint(), state_dict["fingerprint"]
         if found != expected:
             raise ValueError(
                 f"{self.state_key} changed since the checkpoint: its fingerprint is {found}, "

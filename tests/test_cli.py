@@ -130,7 +130,7 @@ MISTAKES = {  # what is changed in opd.yaml, and what the answer says
     "option of the trainer": ({"gradient_clip_val:": "gradient_clip:"}, r"no option 'trainer.gradient_clip' .*_val'"),
     "reward": ({"tiles.Crispness": "tiles.Crispnes"}, r"reward: flowopd.tiles has no 'Crispnes' .*'Crispness'"),
     "teacher": ({"flowopd.LoRATeacher": "flowopd.LoRATeachr"}, r"teacher: flowopd has no 'LoRATeachr' .*'LoRATeacher'"),
-    "no teacher at all": ({"flowopd.LoRATeacher": "flowopd.EMA"}, r"flowopd.EMA does not implement protocol Teacher$"),
+    "no teacher at all": ({"flowopd.LoRATeacher": "flowopd.EMA"}, r"flowopd.EMA is not a Teacher$"),
     "optimizer": ({"torch.optim.AdamW": "torch.optim.AdamX"}, r"optimizer: torch.optim has no 'AdamX' .*'Adam"),
     "task without teacher": ({f"tasks: [text]{TEACHER}": f"tasks: [txt]{TEACHER}"}, r"task 'text'; add a Teach"),
     "task with two": ({f"tasks: [text]{TEACHER}": f"tasks: [composition]{TEACHER}"}, r"more than one .* 'composition'"),
@@ -155,7 +155,7 @@ WORDS = {
         r"data: .* has no option 'group_sice' \(did you mean 'group_size'\?\); it takes",
     ),
     "data.init_args.batch_size": ("3", "2 prompts of 1 siblings are 2 rows, which do not fill batches of 3; choose"),
-    "data.init_args.evaluation_count": ("two", "data.evaluation_count: Expected a <class 'int'>. Got value: two"),
+    "data.init_args.evaluation_count": ("two", "^data.evaluation_count is two; expected a whole number$"),
     "data.init_args.prompts_per_iteration": ("3", "3 prompts per iteration do not divide into shares"),
     "model.init_args.sampler.init_args.window": (
         "[1,4]",

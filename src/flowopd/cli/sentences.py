@@ -1,4 +1,8 @@
-"""What the parser and the libraries say, as one sentence."""
+"""What the parser and the libraries say, as one sentence.
+
+jsonargparse answers with a tree: keys and classes on the way to a fault, and at every fork all that a value could have
+been. Whoever made the slip meant the alternative that reads furthest; ``EXPECTED`` and ``PHRASES`` say it in our words.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +10,21 @@ import inspect
 import re
 import sys
 import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser
-from lightning import Trainer
 
 import flowopd
 from flowopd.core.names import perhaps
 
 PACKAGE = str(Path(flowopd.__file__).parent)
+
+LONGEST = 600
+"""Characters of a sentence; what somebody gave may be longer than all that can be said of it."""
 
 
 def meant(error: BaseException | None) -> BaseException | None:
@@ -30,34 +38,213 @@ def meant(error: BaseException | None) -> BaseException | None:
 
 
 def sentence_of(error: BaseException) -> str:
-    """The parser's many lines without the alternatives that nobody meant: where, what, and what was perhaps meant."""
-    noise = ("Does not validate", "Subtypes:", "Errors:", "Given value", "full_key:", "object_type=")
-    text = str(error.args[0]) if isinstance(error, KeyError) else str(error)
-    text = re.sub(r"^\w+ raised while resolving interpolation: ", "", text)
-    text = re.split(r"\n[\s-]*(?:Expected a <class 'NoneType'>|Not a valid subclass of)", text)[0]
-    lines = [line.strip().removeprefix("- ") for line in text.splitlines()]
-    text = " ".join(line for line in lines if line and not line.startswith(noise))
-    keys, classes = r'Parser key "([^"]+)": ', r"Problem with given class_path '([^']+)': "
-    place, owners = ".".join(re.findall(keys, text)), re.findall(classes, text)
-    fault = re.sub(classes, "", re.sub(keys, "", text)).removeprefix("- ")
-    return (f"{place}: " if place else "") + _explained(fault, owners[-1] if owners else "")
+    """Where, what, and what was perhaps meant."""
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    text = re.sub(r"^\w+ raised while resolving interpolation: |\n +(?:full_key|object_type)[:=].*", "", text)
+    if re.search(r"Parser key \"|Problem with given class_path|raised|Union subtypes", text):
+        text = _told(_furthest(list(_leaves(text))))
+    else:
+        text = _told([Leaf("", "", " ".join(text.split()))])
+    return _tidy(text)
 
 
-def _explained(fault: str, owner: str) -> str:
-    """A fault of the parser, with the names that would have been right."""
-    if fault == "No supported gpu backend found!":
-        return "trainer.accelerator is gpu, but no GPU is found here; run where there is one, or give cpu"
-    if found := re.fullmatch(r"Option '(\w+)' is not accepted", fault):
-        options = ArgumentParser(exit_on_error=False).add_class_arguments(_import(owner))  # its parents' too
-        return f"{owner} has no option {found[1]!r}{perhaps(found[1], options)}; it takes: {', '.join(options)}"
-    if found := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", fault):
-        module = import_module(found[1])
-        return f"{found[1]} has no {found[2]!r}{perhaps(found[2], getattr(module, '__all__', dir(module)))}"
-    if found := re.search(r"(?:unrecognized arguments:|does not accept option) '?(?:--)?([\w.]+).*", fault):
-        options = [f"trainer.{name}" for name in inspect.signature(Trainer).parameters]
-        options += ["model", "data", "ckpt_path", "checkpoint_every", "updates_per_iteration", "seed_everything"]
-        return f"there is no option {found[1]!r}{perhaps(found[1], options)}; see flowopd {sys.argv[1]} --help"
-    return fault
+# ----------------------------------------------------------------------------------------------------- the parser's tree
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One alternative: the option that it is about, the class that takes it, the parser's phrase, what was given."""
+
+    place: str
+    owner: str
+    phrase: str
+    depth: int = 0
+    got: str | None = None
+
+
+NOISE = re.compile(
+    r"Does not validate against|Subtypes: |Errors:|Given value type: |Subclass types expect one of|"
+    r"a class path \(str\)|a dict (?:with|without) |full_key: |object_type=|Expected a <class 'NoneType'>|Subclasses are disabled for"
+)
+CALLABLE = re.compile(r"Type typing\.Callable.* expects a function or a callable class: ")
+
+
+def _leaves(text: str) -> Iterator[Leaf]:
+    """The alternatives of a message; what stands on the way to them is told by its indentation."""
+    above: list[tuple[int, str, str]] = []
+    waiting: list[Leaf] = []
+    for line in filter(str.strip, CALLABLE.sub("", text).splitlines()):
+        phrase = line.strip().removeprefix("- ")
+        indent = len(line) - len(line.lstrip())
+        above = [entry for entry in above if entry[0] < indent]
+        if found := re.match(r'Parser key "([^"]+)":\s*|Problem with given class_path \'([^\']+)\':\s*', phrase):
+            above.append((indent, found[1] or "", found[2] or ""))
+            phrase = phrase[found.end() :]
+        place = ".".join(key for _, key, _ in above if key)
+        if phrase.startswith("Given value:"):
+            given = phrase.removeprefix("Given value:").strip()
+            waiting = [_with(leaf, given) if leaf.place == place else leaf for leaf in waiting]
+        elif phrase and not NOISE.match(phrase):
+            owner = above[-1][2] if above else ""  # of an option, where no further key stands between
+            phrase, *got = re.split(r"\. Got value: ?", phrase)
+            waiting.append(Leaf(place, owner, phrase, len(above), got[0] if got else None))
+    yield from waiting
+
+
+def _with(leaf: Leaf, given: str) -> Leaf:
+    return leaf if leaf.got is not None else replace(leaf, got=given)
+
+
+def _furthest(leaves: list[Leaf]) -> list[Leaf]:
+    """The alternatives that read furthest, each said once."""
+    deepest = max((leaf.depth for leaf in leaves), default=0)
+    first = next((leaf.place for leaf in leaves if leaf.depth == deepest), "")
+    return [leaf for leaf in leaves if leaf.depth == deepest and leaf.place == first]
+
+
+# ------------------------------------------------------------------------------------------------------------- in words
+
+NAMES = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "a text",
+    "list": "a list",
+    "tuple": "a list",
+    "dict": "a table",
+    "PositiveInt": "a whole number of at least 1",
+    "PositiveFloat": "a number above 0",
+}
+EXPECTED: dict[str, tuple[str, str]] = {  # how a phrase begins that says what the parser would have taken
+    "type": (r"Expected a <class '(?:\w+\.)*(\w+)'>", ""),
+    "choice": (r"Expected a typing\.Literal\[(.*?)\]$", "one of {}"),
+    "class": (r"Not a valid subclass of (\w+)", "a {} by its class_path"),
+    "protocol": (r"Does not implement protocol (\w+)", "a {} by its class_path"),
+    "restricted type": (r"Not of type (\w+)", ""),
+    "import path": (r"Expected (?:a dot|an) import path", "a class_path"),
+    "file": (r"Expected a path but .* either not accessible or invalid", "a path"),
+}
+
+
+def _told(leaves: list[Leaf]) -> str:
+    """A sentence of the first alternative that has a fault of its own, else of all that would have been right."""
+    own = next((leaf for leaf in leaves if not _kind(leaf.phrase)), None)
+    if own is not None:
+        return (f"{own.place}: " if own.place else "") + _explained(own)
+    if not leaves:
+        return "the command cannot be read"
+    kinds = dict.fromkeys(str(_kind(leaf.phrase)) for leaf in leaves)
+    if len(kinds) > 1:
+        kinds.pop("a path", None)  # of a file that holds the value
+    if "a number" in kinds:
+        kinds.pop("a whole number", None)
+    got = next((leaf.got for leaf in leaves if leaf.got is not None), None)
+    found = "" if got is None else f" is {_cut(got, 60) or 'empty'}"
+    return f"{leaves[0].place}{found}; expected {' or '.join(kinds)}"
+
+
+def _kind(phrase: str) -> str | None:
+    for pattern, words in EXPECTED.values():
+        if found := re.match(pattern, phrase):
+            return _a(words.format(*found.groups())) if words else NAMES.get(found[1], _a(f"a {found[1]}"))
+    return None
+
+
+def _a(words: str) -> str:
+    return re.sub(r"\ba (?=[AEIOU])", "an ", words)
+
+
+def _explained(leaf: Leaf) -> str:
+    """The fault of a leaf, with the names that would have been right."""
+    for pattern, say in PHRASES.values():
+        if found := re.search(pattern, leaf.phrase):
+            return say(leaf, found)
+    return leaf.phrase
+
+
+def _no_option_of_class(leaf: Leaf, found: re.Match[str]) -> str:
+    name = found[1].partition(".")[0]
+    if near := perhaps(name, ["init_args"]):
+        return f"there is no {name!r}{near}"
+    given = re.match(r"(?:\{'|Namespace\()class_path(?:': |=)'([\w.]+)'", leaf.got or "")
+    if not (owner := leaf.owner or (given[1] if given else "")):
+        return f"there is no option {name!r} here"
+    options = ArgumentParser(exit_on_error=False).add_class_arguments(_import(owner))  # its parents' too
+    return f"{owner} has no option {name!r}{perhaps(name, options)}; it takes: {', '.join(options)}"
+
+
+def _no_such_name(leaf: Leaf, found: re.Match[str]) -> str:
+    module = import_module(found[1])
+    return f"{found[1]} has no {found[2]!r}{perhaps(found[2], getattr(module, '__all__', dir(module)))}"
+
+
+def _no_option(leaf: Leaf, found: re.Match[str]) -> str:
+    from lightning import Trainer
+
+    options = [f"trainer.{name}" for name in inspect.signature(Trainer).parameters]
+    options += ["model", "data", "ckpt_path", "checkpoint_every", "updates_per_iteration", "seed_everything", "config"]
+    return f"there is no option {found[1]!r}{perhaps(found[1], options)}; see flowopd {sys.argv[1]} --help"
+
+
+def _missing(leaf: Leaf, found: re.Match[str]) -> str:
+    names = [name.rpartition(".")[2] for name in found[1].split(", ")]
+    if found[1].startswith(("fit.", "validate.", "test.", "predict.")):
+        return f"nothing says what {' and '.join(sorted(names, reverse=True))} the run has; give --config FILE"
+    return f"{leaf.owner or 'it'} needs {', '.join(names)}"
+
+
+def _not_a(leaf: Leaf, found: re.Match[str]) -> str:
+    return _a(f"{found[1]} is not a {found[2]}")
+
+
+Say = Callable[[Leaf, re.Match[str]], str]
+PHRASES: dict[str, tuple[str, Say]] = {  # a new parser may say it otherwise: tests/test_sentences.py meets every one
+    "no gpu": (
+        r"^No supported gpu backend found!$",
+        lambda *_: "trainer.accelerator is gpu, but no GPU is found here; run where there is one, or give cpu",
+    ),
+    "option of a class": (r"^Option '([\w.-]+)' is not accepted", _no_option_of_class),
+    "option of the command": (r"(?:unrecognized arguments:|does not accept option) '?(?:--)?([\w.-]+).*", _no_option),
+    "missing": (r"the following arguments are required: (.*)", _missing),
+    "name in a module": (r"module '([\w.]+)' has no attribute '(\w+)'", _no_such_name),
+    "module": (
+        r"^No module named '([\w.]+)'",
+        lambda _, found: f"there is no module {found[1]!r}{perhaps(found[1], ['flowopd', 'torch', 'lightning'])}",
+    ),
+    "class_path of another type": (
+        r"^argument of type '\w+' is not (?:iterable|a container)|^unhashable type: '\w+'|^cannot use '\w+' as a",
+        lambda *_: "its class_path is not the name of a class",
+    ),
+    "init_args of another type": (
+        r"^'\w+' object has no attribute 'keys'",
+        lambda *_: "its init_args are no table of options",
+    ),
+    "foreign class": (
+        r"^Import path ([\w.]+) does not (?:implement protocol|correspond to a subclass of) (\w+)",
+        _not_a,
+    ),
+    "foreign callable": (r"^Expected '([\w.]+)' to be a subclass of <class '(?:\w+\.)*(\w+)'>", _not_a),
+    "abstract class": (
+        r"^Expected an instantiatable class, but ([\w.]+) is (abstract|a protocol)",
+        lambda _, found: f"{found[1]} is {found[2]}; name a class that implements it",
+    ),
+    "key of another type": (
+        r"^Incompatible key type '(\w+)'",
+        lambda *_: "a key of the config is empty; expected a name",
+    ),
+}
+
+
+def _tidy(text: str) -> str:
+    """Without what only a machine can read, and not without end."""
+    text = text.replace('in "<unicode string>", ', "at ")
+    text = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", text)
+    text = re.sub(r"<(?:\w+\.)*(\w+)(?: object)? at 0x[0-9a-f]+>", r"\1", text)
+    return _cut(" ".join(text.split()), LONGEST)
+
+
+def _cut(text: str, longest: int) -> str:
+    return text if len(text) <= longest else text[: longest - 1] + "…"
 
 
 def _import(path: str) -> Any:  # noqa: ANN401

@@ -93,7 +93,7 @@ def test_names_that_do_not_match_are_refused(weights):
 def test_nothing_to_sum_and_weights_that_are_no_numbers_are_refused():
     with pytest.raises(ValueError, match="expected a weight for every term"):
         Weighted({}, {})
-    with pytest.raises(ValueError, match="expected finite weights"):
+    with pytest.raises(ValueError, match="weight of red is nan; expected a finite number"):
         Weighted({"red": Channel()}, {"red": math.nan})
 
 

@@ -48,7 +48,7 @@ def sentence_of(error: BaseException) -> str:
     return _tidy(text)
 
 
-# ----------------------------------------------------------------------------------------------------- the parser's tree
+# ---------------------------------------------------------------------------------------------------- the parser's tree
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,8 @@ class Leaf:
 
 NOISE = re.compile(
     r"Does not validate against|Subtypes: |Errors:|Given value type: |Subclass types expect one of|"
-    r"a class path \(str\)|a dict (?:with|without) |full_key: |object_type=|Expected a <class 'NoneType'>|Subclasses are disabled for"
+    r"a class path \(str\)|a dict (?:with|without) |full_key: |object_type=|Expected a <class 'NoneType'>|"
+    r"Subclasses are disabled for"
 )
 CALLABLE = re.compile(r"Type typing\.Callable.* expects a function or a callable class: ")
 

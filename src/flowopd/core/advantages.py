@@ -5,6 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from flowopd.core.ranges import above, at_least
 from flowopd.core.shown import Shown
 
 
@@ -32,6 +33,8 @@ class GroupAdvantage(Shown):
     def __init__(
         self, scale: Literal["group", "batch", "none"] = "batch", clip: float = 5.0, eps: float = 1e-4
     ) -> None:
+        above(0.0, clip=clip)
+        at_least(0.0, eps=eps)
         self.scale = scale
         self.clip = clip
         self.eps = eps

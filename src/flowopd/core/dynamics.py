@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from flowopd.core.gaussian import Gaussian
+from flowopd.core.ranges import within
 from flowopd.core.shown import Shown
 from flowopd.core.tensors import expand_like, same_shape
 
@@ -157,7 +158,8 @@ class FlowSDE(_ScoreSDE):
     """
 
     def __init__(self, noise_level: float = 0.7) -> None:
-        self.noise_level = _checked(noise_level)
+        within(0.0, 100.0, noise_level=noise_level)
+        self.noise_level = noise_level
 
     def diffusion(self, sigma: Tensor, sigma_next: Tensor) -> Tensor:
         """The diffusion g(σ), (B,)."""
@@ -179,7 +181,8 @@ class DanceSDE(_ScoreSDE):
     """
 
     def __init__(self, noise_level: float = 0.3) -> None:
-        self.noise_level = _checked(noise_level)
+        within(0.0, 100.0, noise_level=noise_level)
+        self.noise_level = noise_level
 
     def diffusion(self, sigma: Tensor, sigma_next: Tensor) -> Tensor:
         """The diffusion g(σ), (B,)."""
@@ -203,8 +206,7 @@ class CPS(Dynamics):
     """
 
     def __init__(self, noise_level: float = 0.7) -> None:
-        if not 0 <= noise_level <= 1:
-            raise ValueError(f"noise_level of CPS is {noise_level}; expected a number in [0, 1]")
+        within(0.0, 1.0, noise_level=noise_level)
         self.noise_level = noise_level
 
     def coefficients(self, sigma: Tensor, sigma_next: Tensor) -> Coefficients:
@@ -212,9 +214,3 @@ class CPS(Dynamics):
         std = sigma_next * math.sin(self.noise_level * math.pi / 2)
         kept = sigma_next * math.cos(self.noise_level * math.pi / 2)  # sqrt(σ'² - s²)
         return Coefficients(1 - sigma_next + kept, kept * (1 - sigma) - (1 - sigma_next) * sigma, std)
-
-
-def _checked(noise_level: float) -> float:
-    if noise_level < 0:
-        raise ValueError(f"noise_level is {noise_level}; expected a number ≥ 0")
-    return noise_level

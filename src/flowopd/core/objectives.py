@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from flowopd.core.dynamics import Transition
+from flowopd.core.ranges import above, at_least, finite
 from flowopd.core.shown import Shown
 from flowopd.core.tensors import row_mean, same_shape
 from flowopd.core.weights import CleanPicture, ExactKL, Released, Weighting
@@ -166,6 +167,7 @@ class ClippedSurrogate(Shown):
     needs = frozenset({"x_next", "log_prob_old", "advantage"})
 
     def __init__(self, clip_range: float = 1e-4) -> None:
+        _check_limits(clip_range=clip_range)
         self.clip_range = clip_range
 
     def loss(self, student: Transition, labels: Labels) -> tuple[Tensor, Metrics]:
@@ -197,6 +199,7 @@ class LogRatioSurrogate(Shown):
     needs = frozenset({"x_next", "log_prob_old", "target"})
 
     def __init__(self, clip_range: float = 1e-4) -> None:
+        _check_limits(clip_range=clip_range)
         self.clip_range = clip_range
 
     def loss(self, student: Transition, labels: Labels) -> tuple[Tensor, Metrics]:
@@ -232,6 +235,7 @@ class ReturnToGo(Shown):
 
     def __init__(self, pathwise: bool = True, clip_range: float = math.inf) -> None:
         self.pathwise = pathwise
+        _check_limits(clip_range=clip_range)
         self.clip_range = clip_range
 
     def loss(self, student: Transition, labels: Labels) -> tuple[Tensor, Metrics]:
@@ -270,6 +274,7 @@ class StateRewardSurrogate(Shown):
     needs = frozenset({"x_next", "log_prob_old", "state_kl"})
 
     def __init__(self, clip_range: float = 1e-4) -> None:
+        _check_limits(clip_range=clip_range)
         self.clip_range = clip_range
 
     def loss(self, student: Transition, labels: Labels) -> tuple[Tensor, Metrics]:
@@ -306,7 +311,9 @@ class ReleasedKL(Shown):
     needs = frozenset({"x_next", "log_prob_old", "target"})
 
     def __init__(self, clip_range: float = 1e-4, advantage_clip: float = 5.0) -> None:
+        _check_limits(clip_range=clip_range)
         self.clip_range = clip_range
+        _check_limits(advantage_clip=advantage_clip)
         self.advantage_clip = advantage_clip
         self.weighting = Released()
 
@@ -343,6 +350,7 @@ class Anchored(Shown):
     """
 
     def __init__(self, objective: Objective, strength: float = 0.02, weighting: Weighting | None = None) -> None:
+        at_least(0.0, strength=strength)
         self.objective = objective
         self.needs = labels_of(objective) | {"anchor"}
         self.strength = strength
@@ -383,6 +391,7 @@ class SelfNormalisedDistance(Shown):
 
     def __init__(self, weighting: Weighting | None = None, floor: float = 1e-5) -> None:
         self.weighting = weighting or CleanPicture()
+        above(0.0, floor=floor)
         self.floor = floor
 
     def loss(self, student: Transition, labels: Labels) -> tuple[Tensor, Metrics]:
@@ -421,6 +430,7 @@ class WeightedSum(Shown):
     def __init__(self, objectives: list[Objective], weights: list[float] | None = None) -> None:
         self.objectives = objectives
         self.weights = weights or [1.0] * len(objectives)
+        finite(**{f"weights[{k}]": weight for k, weight in enumerate(self.weights)})
         self.needs = frozenset[str]().union(*map(labels_of, objectives))
         if len(self.weights) != len(objectives):
             raise ValueError(
@@ -485,6 +495,10 @@ def surrogate(
 def clipped(ratio: Tensor, clip_range: float) -> Tensor:
     """clip(ρ, 1 - ε, 1 + ε)."""
     return ratio.clamp(1 - clip_range, 1 + clip_range)
+
+
+def _check_limits(**limits: float) -> None:
+    at_least(0.0, **{name: limit for name, limit in limits.items() if limit != math.inf})  # infinity is none
 
 
 def outer(rows: Tensor, columns: Tensor) -> Tensor:

@@ -59,6 +59,22 @@ def within(low: float, high: float, /, **values: float | None) -> None:
             raise ValueError(f"{name} is {value!r}; expected {_kind(low)} from {low} to {high}")
 
 
+def finite(**values: float | None) -> None:
+    """Raise unless every value is a number, of any size and sign; otherwise as ``at_least``.
+
+    Raises:
+        ValueError: naming the first value that is none.
+
+    >>> finite(weight=-1.0)
+    >>> finite(weight=float("inf"))
+    Traceback (most recent call last):
+    ValueError: weight is inf; expected a finite number
+    """
+    for name, value in values.items():
+        if value is not None and not _number(value, 0.0):
+            raise ValueError(f"{name} is {value!r}; expected a finite number")
+
+
 def one_of(choices: Any, **values: str | None) -> None:  # noqa: ANN401 - a Literal has no type of its own
     """Raise unless every value is one of a ``Literal``; ``None`` is skipped.
 

@@ -5,6 +5,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from flowopd.core.ranges import at_least, within
 from flowopd.core.shown import Shown
 
 
@@ -54,6 +55,8 @@ class ShiftedSchedule(Shown):
     """
 
     def __init__(self, shift: float = 3.0, num_train_timesteps: int = 1000) -> None:
+        within(0.01, 100.0, shift=shift)
+        at_least(2, num_train_timesteps=num_train_timesteps)
         self.shift = shift
         self.num_train_timesteps = num_train_timesteps
 

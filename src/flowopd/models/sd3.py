@@ -17,6 +17,7 @@ from diffusers import (
 from torch import Tensor, nn
 
 from flowopd.core.guidance import guided
+from flowopd.core.ranges import at_least, within
 from flowopd.models.adapters.lora import use_adapter
 from flowopd.models.backbone import Backbone
 from flowopd.models.files import ModelFiles, reading
@@ -68,6 +69,9 @@ class SD3Backbone(Backbone):
         keep_encoders: bool | None = None,
         activation_checkpointing: bool = False,
     ) -> None:
+        within(0, 512, max_sequence_length=max_sequence_length)
+        at_least(8, resolution=resolution)
+        at_least(0.0, text_cache_gb=text_cache_gb, text_memory_gb=text_memory_gb)
         self.path = path
         self.revision = revision
         self.dtype: torch.dtype = getattr(torch, dtype)

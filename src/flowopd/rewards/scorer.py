@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flowopd.core.ranges import finite
 from flowopd.records import Prompt
 from flowopd.rewards.base import Reward, Scores, detailed
 from flowopd.rewards.executor import Executor
@@ -63,8 +63,7 @@ class Scorer:
         columns: Sequence[str] = (),
         macro: bool = False,
     ) -> None:
-        if not math.isfinite(weight):
-            raise ValueError(f"the weight of reward {name!r} is {weight}; expected a finite number")
+        finite(**{f"the weight of reward {name!r}": weight})
         if tasks is not None and not tasks:
             raise ValueError(f"reward {name!r} scores no task; name some in `tasks`, or leave it out to score all")
         if macro and not columns:

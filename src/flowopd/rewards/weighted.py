@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from flowopd.core.ranges import finite
 from flowopd.records import Prompt
 from flowopd.rewards.base import Reward, Scores, detailed
 
@@ -31,8 +31,7 @@ class Weighted:
             raise ValueError(
                 f"expected a weight for every term, got terms {sorted(terms)} and weights {sorted(weights)}"
             )
-        if bad := {name: weight for name, weight in weights.items() if not math.isfinite(weight)}:
-            raise ValueError(f"expected finite weights, got {bad}")
+        finite(**{f"weight of {name}": weight for name, weight in weights.items()})
         self.terms = terms
         self.weights = weights
 

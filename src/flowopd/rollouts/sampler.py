@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from flowopd.core.dynamics import ODE, Dynamics, FlowSDE, Transition
+from flowopd.core.ranges import within
 from flowopd.core.schedules import Schedule, ShiftedSchedule
 from flowopd.core.shown import Shown
 from flowopd.records import Conditioning, Prompt, Rollout, StepBatch
@@ -66,6 +67,8 @@ class Sampler(Shown):
         eval_steps: int | None = None,
         guidance_scale: float = 1.0,
     ) -> None:
+        within(1, 1000, num_steps=num_steps, eval_steps=eval_steps)
+        within(0.0, 100.0, guidance_scale=guidance_scale)
         self.num_steps = num_steps
         self.schedule = schedule or ShiftedSchedule()
         self.dynamics = dynamics or FlowSDE()
@@ -185,7 +188,7 @@ def _once_per_start(field: VelocityField, noise: RowNoise) -> VelocityField:
 
 def _checked_window(name: str, window: tuple[int, int], num_steps: int) -> tuple[int, int]:
     first, last = window
-    if not 0 <= first < last <= num_steps:
+    if not (isinstance(first, int) and isinstance(last, int) and 0 <= first < last <= num_steps):
         raise ValueError(
             f"{name} [{first}, {last}) does not lie inside the {num_steps} steps; "
             f"expected 0 ≤ first < last ≤ {num_steps}"

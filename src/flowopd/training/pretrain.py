@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flowopd.core.paths import interpolate
+from flowopd.core.ranges import above, at_least, within
 from flowopd.tiles.build import REWARDS, load, paint
 from flowopd.tiles.rewards import Crispness
 from flowopd.tiles.world import TASKS, TilesPrompts, parse, render
@@ -89,6 +90,9 @@ class RenderedPairs(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        at_least(1, batch_size=batch_size, batches=batches, held_out=held_out)
+        within(0.0, 1.0, text_share=text_share, drop_text=drop_text)
+        at_least(0, seed=seed)
         self.batch_size = batch_size
         self.batches = batches
         self.text_share = text_share
@@ -134,6 +138,11 @@ class Pretrain(LightningModule):
         num_steps: int = 10,
     ) -> None:
         super().__init__()
+        above(0.0, lr=lr)
+        within(0.0, 1.0, warmup=warmup)
+        within(-10.0, 10.0, sigma_mean=sigma_mean)
+        within(0.0, 10.0, sigma_std=sigma_std)
+        within(1, 1000, num_steps=num_steps)
         self.pipe = load(pipeline)
         self.transformer = self.pipe.transformer
         self.text_encoder = self.pipe.text_encoder

@@ -21,6 +21,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
+from flowopd.core.ranges import above, at_least
 from flowopd.models.shards import whole
 
 ATTENTION = (
@@ -50,6 +51,10 @@ class LoRASpec:
     alpha: float = 64
     targets: Sequence[str] = ATTENTION
     init: Literal["gaussian", "default"] = "gaussian"
+
+    def __post_init__(self) -> None:
+        at_least(1, rank=self.rank)
+        above(0.0, alpha=self.alpha)
 
     def config(self) -> LoraConfig:
         """The same in peft's words."""

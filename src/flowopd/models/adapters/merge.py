@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
+from flowopd.core.ranges import above, at_least, finite, within
 from flowopd.models.adapters.files import AdapterSource
 from flowopd.models.adapters.lora import Adapter, Factors
 
@@ -59,13 +60,18 @@ class Merge:
             raise ValueError("a merge needs at least one adapter folder, got none")
         if weights is not None and len(weights) != len(adapters):
             raise ValueError(f"{len(adapters)} adapters were given {len(weights)} weights; expected one each")
-        if rank is not None and (rank < 1 or method in ("exact", "factors")):
-            raise ValueError(f"rank is {rank}, but only svd, ties and dare choose a rank, of 1 or more")
-        if not 0 < density <= 1:
-            raise ValueError(f"density is {density}; expected a share in (0, 1]")
+        if rank is not None and method in ("exact", "factors"):
+            raise ValueError(f"rank is {rank}, but only svd, ties and dare choose a rank")
+        at_least(1, rank=rank)
+        at_least(0, seed=seed)
+        within(0.0, 1.0, density=density)
+        above(0.0, density=density)
         self.adapters = [source if isinstance(source, AdapterSource) else AdapterSource(source) for source in adapters]
         self.method: Method = method
         self.weights = list(weights or [1 / len(adapters)] * len(adapters))
+        finite(**{f"weights[{i}]": weight for i, weight in enumerate(self.weights)})
+        if not any(self.weights):
+            raise ValueError("every weight of the merge is 0, which is the base; expected one that is not")
         self.rank = rank
         self.density = density
         self.seed = seed

@@ -11,6 +11,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
+from flowopd.core.ranges import at_least, within
 from flowopd.models.shards import shard_like, whole
 from flowopd.training.checkpoints import AVERAGE
 
@@ -26,6 +27,8 @@ class EMA(Callback):
     """
 
     def __init__(self, decay: float = 0.99, every: int = 1) -> None:
+        within(0.0, 1.0, decay=decay)
+        at_least(1, every=every)
         self.decay = decay
         self.every = every
         self._model: EMAModel | None = None

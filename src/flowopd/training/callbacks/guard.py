@@ -14,6 +14,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from flowopd.core.names import perhaps
+from flowopd.core.ranges import above, at_least, finite
+
 # Changes against the start, as `evaluation.drift.drift_changes` defines them, that no healthy run has shown.
 DRIFT: Mapping[str, tuple[float, float]] = {
     "dark_fraction": (-1.0, 0.3),
@@ -55,6 +58,9 @@ class Guard(Callback):
         limits: dict[str, float] | None = None,
         drift: dict[str, tuple[float, float]] | None = None,
     ) -> None:
+        at_least(0.0, log_ratio=log_ratio, **(limits or {}))
+        above(0.0, growth=growth)
+        _check_drift(drift or {})
         self.on_alarm = on_alarm
         self.log_ratio = log_ratio
         self.growth = growth
@@ -137,6 +143,15 @@ class Guard(Callback):
             raise Alarm(f"stopped in iteration {trainer.current_epoch + 1}: {saw}; {kept}")
         kept = f"; the last checkpoint is kept as {_keep(trainer, last)}" if last else ""
         rank_zero_warn(f"iteration {trainer.current_epoch + 1}: {saw}{kept}")
+
+
+def _check_drift(drift: Mapping[str, tuple[float, float]]) -> None:
+    for name, (low, high) in drift.items():
+        if name not in DRIFT:
+            raise ValueError(f"drift knows no {name!r}{perhaps(name, DRIFT)}; it knows: {', '.join(DRIFT)}")
+        finite(**{f"lower end of {name}": low, f"upper end of {name}": high})
+        if low > high:
+            raise ValueError(f"drift of {name} is from {low} to {high}; expected the smaller number first")
 
 
 def _gradients(module: nn.Module) -> dict[str, Tensor]:

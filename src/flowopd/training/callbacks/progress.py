@@ -7,6 +7,8 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 from tqdm.auto import tqdm
 
+from flowopd.core.ranges import at_least
+
 
 class Progress(Callback):
     """One bar over the rollout iterations, with rate, time left and the latest figures.
@@ -16,6 +18,7 @@ class Progress(Callback):
     """
 
     def __init__(self, figures: int = 4) -> None:
+        at_least(0, figures=figures)
         self.figures = figures
         self._bar: Any = None
 

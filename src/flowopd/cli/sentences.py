@@ -48,9 +48,6 @@ def sentence_of(error: BaseException) -> str:
     return _tidy(text)
 
 
-# ---------------------------------------------------------------------------------------------------- the parser's tree
-
-
 @dataclass(frozen=True)
 class Leaf:
     """One alternative: the option that it is about, the class that takes it, the parser's phrase, what was given."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import yaml
 from nbclient import NotebookClient
 
 from flowopd.rewards.remote.serve import build, parser
@@ -38,6 +39,11 @@ def test_a_notebook_is_stored_valid_and_without_outputs(name):
     nbformat.validate(notebook)
     assert outputs(notebook) == []
     assert notebook.metadata.kernelspec.name == "python3"
+
+
+def test_the_first_notebook_says_how_long_the_main_job_is():
+    main = yaml.safe_load((HOME.parent / "configs" / "tiles" / "opd.yaml").read_text())
+    assert f"makes {main['trainer']['max_epochs']} updates" in (HOME / "01_quickstart.ipynb").read_text()
 
 
 def test_the_yaml_of_the_second_notebook_trains(tmp_path, one_thread):

@@ -14,8 +14,9 @@ from flowopd.models.adapters.lora import adapter_parameters, add_adapter
 from flowopd.preflight import costs
 from flowopd.preflight.costs import flop_counter
 from flowopd.preflight.forwards import DECODED, SAMPLED, TRAINED, count_forwards
-from flowopd.preflight.plan import Hardware, device_count, measured, optimizer_bytes, plan, seconds, show_plan
+from flowopd.preflight.plan import Hardware, device_count, measured, optimizer_bytes, plan
 from flowopd.preflight.shapes import KNOWN, Shapes, nbytes, parameter_count
+from flowopd.preflight.tables import seconds, show_plan
 from flowopd.rollouts import Sampler
 from flowopd.teachers import BaseTeacher, LoRATeacher
 from flowopd.training import (
@@ -44,7 +45,7 @@ def teacher(task: str, **options) -> TeacherCallback:
 def released_sizes() -> tuple[OPDStudent, object, list]:
     """16 images, two teachers and MAR, ten steps of which nine are trained, guidance 4.5."""
     sampler = Sampler(num_steps=10, guidance_scale=4.5)
-    policy = OPDStudent(medium(), Anchored(TransitionKL()), sampler)
+    policy = OPDStudent(medium(), Anchored(TransitionKL()), sampler=sampler)
     data = tiny.data("geneval", "ocr", prompts_per_iteration=16, group_size=1, batch_size=16)
     anchor = AnchorCallback(LoRATeacher("nobody/nothing", guidance_scale=4.5))
     return policy, data, [teacher("geneval"), teacher("ocr"), anchor]
@@ -167,7 +168,7 @@ def test_labels_of_whole_trajectories_are_counted(tiny_pipeline):
 
 
 def test_sft_samples_by_the_teachers(tiny_pipeline):
-    policy = ColdStart(tiny.backbone(tiny_pipeline), SFT(draws=2), Sampler(num_steps=4))
+    policy = ColdStart(tiny.backbone(tiny_pipeline), SFT(draws=2), sampler=Sampler(num_steps=4))
     found = count_forwards(policy, tiny.data(group_size=1), [teacher("red", guidance_scale=2.0)])
     assert found == {"teacher-red": 4 * 4 * 2 / 2, TRAINED: 4}
 
@@ -226,7 +227,7 @@ def test_the_optimiser_is_measured_not_guessed(tiny_pipeline):
     adapter = shapes.adapter_bytes(LoRASpec(4, 8))
     sizes = {}
     for name, kind in {"plain": partial(torch.optim.SGD, lr=1), "adam": torch.optim.AdamW}.items():
-        sizes[name] = optimizer_bytes(tiny.policy(OPDStudent, tiny_pipeline, optimizer=kind), shapes)
+        sizes[name] = optimizer_bytes(kind, shapes.adapted(LoRASpec(4, 8)))
     assert sizes["plain"] == 0
     assert 2 * adapter <= sizes["adam"] <= 2 * adapter + 1000
 

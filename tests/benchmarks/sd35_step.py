@@ -176,7 +176,7 @@ def recipe(options: argparse.Namespace, clock: Clock, folder: Path):
         where = {"path": str(tiny_configs(folder / "model")), "dtype": "float32", "max_sequence_length": 0}
     backbone = RandomSD3(**where, activation_checkpointing=options.checkpointing)
     sampler = Sampler(num_steps=10, guidance_scale=GUIDANCE)
-    policy = TimedStudent(backbone, Anchored(TransitionKL(Uniform()), weighting=Uniform()), sampler)
+    policy = TimedStudent(backbone, Anchored(TransitionKL(Uniform()), weighting=Uniform()), sampler=sampler)
     policy.clock = clock
     tasks = {task: Words(task) for task in ("geneval", "ocr")}
     data = RolloutDataModule(tasks, options.images, batch_size=options.rows, fused=options.fused)

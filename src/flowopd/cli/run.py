@@ -29,8 +29,9 @@ from flowopd.cli.sentences import meant, sentence_of
 from flowopd.preflight.check import SelfCheck
 from flowopd.preflight.check import check as check_run
 from flowopd.preflight.forwards import idle_trainer
-from flowopd.preflight.plan import Hardware, measured, show_plan
+from flowopd.preflight.plan import Hardware, measured
 from flowopd.preflight.plan import plan as make_plan
+from flowopd.preflight.tables import show_plan
 from flowopd.tiles import asset
 from flowopd.training import AdapterExport, FlowPolicy, PictureFolder, Progress, RolloutDataModule
 from flowopd.training.callbacks.checkpoints import Checkpoints, Farewell

@@ -52,10 +52,10 @@ class GroupAdvantage(Shown):
             )
         groups = rewards.double().reshape(-1, group_size)  # in float32 the mean of equal rewards may differ from them
         centred = groups - groups.nanmean(1, keepdim=True)
-        advantage = (centred / self._spread(centred, groups)).clamp(-self.clip, self.clip)
+        advantage = (centred / self._divisor(centred, groups)).clamp(-self.clip, self.clip)
         return torch.nan_to_num(advantage, nan=0.0).flatten().float()
 
-    def _spread(self, centred: Tensor, groups: Tensor) -> Tensor:
+    def _divisor(self, centred: Tensor, groups: Tensor) -> Tensor:
         if self.scale == "none":
             return torch.ones(())
         if self.scale == "group":

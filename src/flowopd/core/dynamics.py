@@ -138,7 +138,8 @@ class _ScoreSDE(Dynamics):
 
     def coefficients(self, sigma: Tensor, sigma_next: Tensor) -> Coefficients:
         """State factor, velocity gain and width, each (B,)."""
-        dt, g = sigma_next - sigma, self.diffusion(sigma, sigma_next)
+        dt = sigma_next - sigma
+        g = self.diffusion(sigma, sigma_next)
         state = 1 + g**2 * dt / (2 * sigma)
         gain = (1 + g**2 * (1 - sigma) / (2 * sigma)) * dt
         return Coefficients(state, gain, g * torch.sqrt(-dt))

@@ -52,7 +52,8 @@ class Gaussian:
         """
         same_shape(mean=self.mean, other=other.mean)
         distance = row_mean((self.mean - other.mean) ** 2)
-        (std, noisy), (std_other, noisy_other) = self._guarded_std(), other._guarded_std()
+        std, noisy = self._guarded_std()
+        std_other, noisy_other = other._guarded_std()
         kl = torch.log(std_other / std) + (std**2 + distance) / (2 * std_other**2) - 0.5
         degenerate = torch.where((distance == 0) & ~noisy & ~noisy_other, 0.0, math.inf).to(kl.dtype)
         return torch.where(noisy & noisy_other, kl, degenerate)

@@ -397,7 +397,8 @@ class SelfNormalisedDistance(Shown):
     def loss(self, student: Transition, labels: Labels) -> tuple[Tensor, Metrics]:
         """Return the normalised distance to ``labels.target``."""
         target = required(labels, "target")
-        distance, weight = squared_error(student, target), self.weighting.weight(student)
+        distance = squared_error(student, target)
+        weight = self.weighting.weight(student)
         size = weight.sqrt() * row_mean((student.velocity - target).detach().abs())
         loss = (weight * distance / size.clamp(min=self.floor)).mean()
         return loss, {"distill/loss": loss.detach(), "distill/velocity_mse": distance.detach().mean()}

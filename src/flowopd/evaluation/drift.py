@@ -79,8 +79,7 @@ def drift_changes(now: Mapping[str, float], start: Mapping[str, float]) -> dict[
     >>> drift_changes({"sharpness": 0.5, "dark_fraction": 0.3}, {"sharpness": 1.0, "dark_fraction": 0.0})
     {'sharpness': -0.5, 'dark_fraction': 0.3}
     """
-    return {name: _change(name, value, start[name]) for name, value in now.items()}
-
-
-def _change(name: str, now: float, start: float) -> float:
-    return now - start if name == "dark_fraction" else now / max(start, 1e-8) - 1
+    changes = {name: value / max(start[name], 1e-8) - 1 for name, value in now.items()}
+    if "dark_fraction" in now:
+        changes["dark_fraction"] = now["dark_fraction"] - start["dark_fraction"]
+    return changes

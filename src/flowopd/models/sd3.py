@@ -131,7 +131,8 @@ class SD3Backbone(Backbone):
         """Return (C, H, W) of a latent."""
         config: Any = self.network.config
         factor = self._pixels_per_latent
-        side, unit = self.resolution or config.sample_size * factor, factor * config.patch_size
+        unit = factor * config.patch_size
+        side = self.resolution or config.sample_size * factor
         if side % unit:
             raise ValueError(f"resolution is {side}; expected a multiple of {unit} pixels")
         return config.in_channels, side // factor, side // factor

@@ -21,7 +21,11 @@ def shard(network: nn.Module, mesh: DeviceMesh) -> None:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The full tensor, gathered from the shards of all ranks, which must all ask for it."""
+    """The full tensor, of any shape, gathered from the shards of all ranks, which must all ask for it.
+
+    Args:
+        tensor: this rank's part; a plain tensor is whole already.
+    """
     if not isinstance(tensor, DTensor):
         return tensor
     gathered: Tensor = tensor.detach().to(tensor.device_mesh.device_type).full_tensor()  # type: ignore[attr-defined]
@@ -29,7 +33,12 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """This rank's part of a full tensor that all ranks have, cut as ``like`` is."""
+    """This rank's part of a full tensor that all ranks have.
+
+    Args:
+        tensor: all of it.
+        like: a tensor whose full shape is the same; a plain one is not cut.
+    """
     if not isinstance(like, DTensor):
         return tensor
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)

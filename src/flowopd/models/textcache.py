@@ -120,12 +120,16 @@ class TextFolder:
                 warnings.warn(f"text cache {self.folder} cannot be written to: {error}", stacklevel=2)
             self._full = True
             return
-        self._size = self._scan() if self._size is None else self._size + len(content)
+        if self._size is None:
+            self._size = sum(size for _, size, _ in self._files())
+        else:
+            self._size += len(content)
         if self._size > self.limit:
             self._shrink()
 
     def _claim(self) -> None:
-        manifest, mine = self.folder / MANIFEST, {"format": FORMAT, "model": self.key.model}
+        manifest = self.folder / MANIFEST
+        mine = {"format": FORMAT, "model": self.key.model}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if not manifest.is_file():
@@ -141,9 +145,6 @@ class TextFolder:
 
     def _file(self, text: str) -> Path:
         return self.folder / f"{self.key.of(text)}.safetensors"
-
-    def _scan(self) -> int:
-        return sum(size for _, size, _ in self._files())
 
     def _files(self) -> list[tuple[int, int, Path]]:
         """Time of use, size and path of every file; others may delete them meanwhile."""

@@ -151,9 +151,6 @@ def _verdict(name: str, check: Callable[[Subject], str], subject: Subject) -> Ve
         return Verdict(name, "FAIL", kind + first)
 
 
-# -------------------------------------------------------------------------------------------------------------- checks
-
-
 def recipe_fits(subject: Subject) -> str:
     """Sizes divide, the objective finds its labels, the road can provide them."""
     subject.data.check_sizes(subject.ranks)

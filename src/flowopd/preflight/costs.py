@@ -87,7 +87,8 @@ def _forward(network: nn.Module, shapes: Shapes, autocast: bool) -> tuple[Tensor
 
 def one_row(shapes: Shapes, rows: int = 1, device: torch.device | str = "meta") -> dict[str, Any]:
     """What the transformer reads for some rows; on another device than meta its numbers are random."""
-    text, dtype = shapes.text(), shapes.backbone.dtype
+    text = shapes.text()
+    dtype = shapes.backbone.dtype
     sizes = {
         "hidden_states": shapes.latent,
         "encoder_hidden_states": text.tokens.shape[1:],

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning import Callback
-from rich.console import Console
-from rich.table import Table
-from torch import Tensor
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor, nn
 
 from flowopd.models import AdapterSource, LoRASpec, Merge
 from flowopd.models.adapters.lora import adapter_parameters
@@ -27,8 +26,6 @@ from flowopd.training.callbacks.ema import EMA
 from flowopd.training.policy import FlowPolicy
 from flowopd.training.rollout_data import RolloutDataModule
 from flowopd.training.signals import RewardCallback, Signals, signals_among
-
-GB = 1e9
 
 
 @dataclass(frozen=True)
@@ -95,20 +92,22 @@ def plan(policy: FlowPolicy, data: RolloutDataModule, callbacks: Sequence[Callba
     Raises:
         ValueError: if the shapes of the backbone cannot be known without a download.
     """
-    shapes, notes = Shapes(policy.backbone), list[str]()
+    shapes = Shapes(policy.backbone)
+    student = student_adapter(policy)
+    notes = list(student.notes)
     checkpointing = shapes.backbone.activation_checkpointing
-    cost = trace(shapes, student_spec(policy, notes), hardware.autocast)
+    cost = trace(shapes, student.spec, hardware.autocast)
     forwards = count_forwards(policy, data, callbacks, hardware.ranks, hardware.accumulate)
     activations = {flag: cost.activations(flag) * trained_rows(policy, data) for flag in (False, True)}
     return Plan(
-        resident=_resident(policy, callbacks, shapes, hardware, notes),
+        resident=_resident(policy, student.spec, callbacks, shapes, hardware, notes),
         training={
             "activations": activations[checkpointing],
             "trajectories": _trajectory_bytes(policy, data, shapes, hardware),
         },
         transient={"text encoders": sum(shapes.encoders().values())},
         for_comparison={
-            "encoded prompts of an iteration, main memory": _text_bytes(shapes) * data.prompts_per_iteration,
+            "encoded prompts of an iteration, main memory": shapes.text_bytes() * data.prompts_per_iteration,
             "activations, kept": activations[False],
             "activations, checkpointed": activations[True],
         },
@@ -128,33 +127,45 @@ def _flop(forwards: Mapping[str, float], cost: Cost, shapes: Shapes, checkpointi
     return flop
 
 
-# -------------------------------------------------------------------------------------------------------------- memory
-
-
 def _resident(
-    policy: FlowPolicy, callbacks: Sequence[Callback], shapes: Shapes, hardware: Hardware, notes: list[str]
+    policy: FlowPolicy,
+    spec: LoRASpec,
+    callbacks: Sequence[Callback],
+    shapes: Shapes,
+    hardware: Hardware,
+    notes: list[str],
 ) -> dict[str, float]:
-    student = shapes.adapter_bytes(student_spec(policy, []))
+    student = shapes.adapter_bytes(spec)
     parts = {"frozen transformer": nbytes(shapes.transformer()), "adapter of the student": student}
     parts |= {f"weights of {name}": size for name, size in _teachers(signals_among(callbacks), shapes, notes).items()}
-    parts |= {"gradients": student, "optimiser": optimizer_bytes(policy, shapes)}
-    parts |= {"EMA": student} if any(isinstance(callback, EMA) for callback in callbacks) else {}
+    parts |= {"gradients": student, "optimiser": optimizer_bytes(policy.optimizer, shapes.adapted(spec))}
+    if any(isinstance(callback, EMA) for callback in callbacks):
+        parts["EMA"] = student
     if hardware.sharded:
         parts = {name: size / hardware.ranks for name, size in parts.items()}
     return parts | {"autoencoder": nbytes(shapes.autoencoder())} | _rewards(callbacks)
 
 
-def student_spec(policy: FlowPolicy, notes: list[str]) -> LoRASpec:
-    """Shape of the adapter that is trained; what had to be assumed goes to ``notes``."""
+class StudentAdapter(NamedTuple):
+    """Shape of the adapter that is trained, and what had to be assumed of it."""
+
+    spec: LoRASpec
+    notes: Sequence[str] = ()
+
+
+def student_adapter(policy: FlowPolicy) -> StudentAdapter:
+    """What is known of the adapter that is trained before anything is read."""
     start = policy.start
+    notes = list[str]()
     if start is None:
-        return policy.lora
+        return StudentAdapter(policy.lora)
     if not isinstance(start, Merge):
-        return _known_spec(AdapterSource(start) if isinstance(start, str) else start, notes)
+        source = AdapterSource(start) if isinstance(start, str) else start
+        return StudentAdapter(_known_spec(source, notes), notes)
     parts = [_known_spec(part, notes) for part in start.adapters]
     rank = parts[0].rank if start.method == "factors" else start.rank or sum(part.rank for part in parts)
     targets = list(dict.fromkeys(target for part in parts for target in part.targets))
-    return LoRASpec(rank, targets=targets)
+    return StudentAdapter(LoRASpec(rank, targets=targets), notes)
 
 
 def _known_spec(source: AdapterSource, notes: list[str]) -> LoRASpec:
@@ -174,12 +185,12 @@ def _teachers(signals: Signals, shapes: Shapes, notes: list[str]) -> dict[str, f
     return sizes
 
 
-def optimizer_bytes(policy: FlowPolicy, shapes: Shapes) -> float:
-    """Bytes of the optimiser's state, by letting it take a step on the meta device."""
-    parameters = adapter_parameters(shapes.adapted(student_spec(policy, [])), ADAPTER)
+def optimizer_bytes(make: OptimizerCallable, network: nn.Module) -> float:
+    """Bytes of the state of the optimiser of a network's adapter, by letting it take a step on the meta device."""
+    parameters = adapter_parameters(network, ADAPTER)
     for parameter in parameters:
         parameter.grad = torch.empty_like(parameter)
-    optimizer = policy.optimizer(parameters)
+    optimizer = make(parameters)
     optimizer.step()
     states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
     return float(sum(value.nbytes for value in states))
@@ -203,71 +214,10 @@ def _trajectory_bytes(policy: FlowPolicy, data: RolloutDataModule, shapes: Shape
     return 4.0 * rows * kept * channels * height * width
 
 
-def _text_bytes(shapes: Shapes) -> float:
-    text = shapes.text()
-    return float(text.tokens.nbytes + text.pooled.nbytes)
-
-
-# --------------------------------------------------------------------------------------------------------------- shown
-
-
-def show_plan(planned: Plan, hardware: Hardware, speed: Speed | None = None) -> None:
-    """Print a plan."""
-    console = Console()
-    console.print(_memory_table(planned))
-    console.print(_work_table(planned, hardware, speed))
-    for note in dict.fromkeys(planned.notes):
-        console.print(f"note: {note}", soft_wrap=True)
-
-
-def _memory_table(planned: Plan) -> Table:
-    table = Table("memory of every device", "GB", title_justify="left")
-    table.columns[1].justify = "right"
-    sections = {
-        f"always ({_gb(planned.static())} GB)": planned.resident,
-        "while a step is trained (estimate)": planned.training,
-        "at other moments, one at a time": planned.transient,
-        "for comparison, not in the sum": planned.for_comparison,
-    }
-    for title, parts in sections.items():
-        table.add_row(title, "", style="bold")
-        for name, size in parts.items():
-            table.add_row(f"  {name}", _gb(size))
-        table.add_section()
-    table.add_row("peak (estimate)", _gb(planned.peak()), style="bold")
-    return table
-
-
-def _work_table(planned: Plan, hardware: Hardware, speed: Speed | None) -> Table:
-    each = f", each of {hardware.ranks} ranks" if hardware.ranks > 1 else ""
-    table = Table(f"work of every optimiser step{each}", "forwards", "TFLOP")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for name in dict.fromkeys([*planned.forwards, *planned.flop]):
-        rows = planned.forwards.get(name)
-        table.add_row(name, "" if rows is None else f"{rows:.0f}", f"{planned.flop.get(name, 0) / 1e12:.1f}")
-    table.add_section()
-    rows = sum(count for name, count in planned.forwards.items() if name != DECODED)
-    table.add_row("in all", f"{rows:.0f}", f"{sum(planned.flop.values()) / 1e12:.1f}", style="bold")
-    if speed is not None:
-        table.add_row(f"measured here: {seconds(planned.forwards, speed):.1f} s without rewards", "", "")
-    return table
-
-
 def measured(policy: FlowPolicy, data: RolloutDataModule, autocast: bool, device: str) -> Speed:
     """Time the run's own micro-batches on random weights of the true size."""
-    shapes = Shapes(policy.backbone)
-    return measure(shapes, student_spec(policy, []), trained_rows(policy, data), autocast, device)
-
-
-def seconds(forwards: Mapping[str, float], speed: Speed) -> float:
-    """Seconds per optimiser step, without rewards and pictures."""
-    plain = sum(rows for name, rows in forwards.items() if name not in (TRAINED, DECODED))
-    return plain * speed.forward + forwards.get(TRAINED, 0.0) * speed.trained
-
-
-def _gb(size: float) -> str:
-    return f"{size / GB:.3f}"
+    spec = student_adapter(policy).spec
+    return measure(Shapes(policy.backbone), spec, trained_rows(policy, data), autocast, device)
 
 
 def device_count(devices: Any) -> int:  # noqa: ANN401

@@ -158,13 +158,20 @@ class Shapes:
         tokens = torch.empty(1, length, config["joint_attention_dim"], device="meta", dtype=self.backbone.dtype)
         return Conditioning(tokens, tokens.new_empty(1, config["pooled_projection_dim"]))
 
+    def text_bytes(self) -> float:
+        """Bytes of an encoded prompt."""
+        text = self.text()
+        return float(text.tokens.nbytes + text.pooled.nbytes)
+
     def encoders(self) -> dict[str, float]:
         """Bytes of every text encoder."""
-        clips, t5 = ("text_encoder", "text_encoder_2"), "text_encoder_3"
+        folder = Path(self.backbone.path)
+        has_t5 = not folder.is_dir() or (folder / "text_encoder_3").is_dir()
         with torch.device("meta"):
+            clips = ("text_encoder", "text_encoder_2")
             built = {part: CLIPTextModelWithProjection(CLIPTextConfig(**self.config(part))) for part in clips}
-            if self.backbone.max_sequence_length and self._has(t5):
-                built[t5] = T5EncoderModel(T5Config(**self.config(t5)))
+            if self.backbone.max_sequence_length and has_t5:
+                built["text_encoder_3"] = T5EncoderModel(T5Config(**self.config("text_encoder_3")))
         return {part: parameter_count(network) * self.backbone.dtype.itemsize for part, network in built.items()}
 
     def adapter_bytes(self, spec: LoRASpec) -> float:
@@ -182,10 +189,6 @@ class Shapes:
             add_adapter(network, ADAPTER, spec)
         self._adapted[tuple(spec.targets)] = spec.rank, network
         return network
-
-    def _has(self, part: str) -> bool:
-        path = Path(self.backbone.path)
-        return (path / part).is_dir() if path.is_dir() else True
 
 
 def adapter_spec(source: AdapterSource) -> LoRASpec | None:

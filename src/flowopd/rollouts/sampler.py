@@ -103,7 +103,8 @@ class Sampler(Shown):
         if self.steps is None:
             return dict.fromkeys(self.trained_steps(), 1.0)
         grid = self.sigmas()[first : last + 1]
-        drawn, weights = self.steps.draw(grid, generator(f"trained steps {key}")), self.steps.weights(grid)
+        drawn = self.steps.draw(grid, generator(f"trained steps {key}"))
+        weights = self.steps.weights(grid)
         return {first + j: float(weights[j]) for j in drawn}
 
     def transition(self, batch: StepBatch, velocity: Tensor) -> Transition:
@@ -116,7 +117,8 @@ class Sampler(Shown):
 
     def batch_at(self, x: Tensor, step: int, cond: Conditioning, tasks: Sequence[str]) -> StepBatch:
         """States x (B, C, H, W) before step ``step``."""
-        sigmas, noisy, rows = self.sigmas().to(x.device), self.noisy().to(x.device), (len(x),)
+        sigmas, noisy = self.sigmas().to(x.device), self.noisy().to(x.device)
+        rows = len(x)
         return StepBatch(
             x=x,
             sigma=sigmas[step].expand(rows),
@@ -148,7 +150,8 @@ class Sampler(Shown):
         trunk = _once_per_start(field, noise) if branching else field
         x = noise.start()
         tasks = [prompt.task for prompt in prompts]
-        latents, velocities, log_probs = [x], [], []
+        latents = [x]
+        velocities, log_probs = list[Tensor](), list[Tensor]()
         for j in range(self.num_steps):
             batch = self.batch_at(x, j, cond, tasks)
             velocity = (trunk if j < self.window[0] else field)(x, batch.sigma, cond)
@@ -172,8 +175,8 @@ class Sampler(Shown):
         """Follow the ODE from noise x (B, C, H, W) to clean latents (B, C, H, W)."""
         sigmas = self.schedule.sigmas(self.eval_steps).to(x.device)
         for sigma, sigma_next in pairwise(sigmas):
-            levels = sigma.expand(len(x)), sigma_next.expand(len(x))
-            x = ODE().step(x, field(x, levels[0], cond), *levels).mean
+            before, after = sigma.expand(len(x)), sigma_next.expand(len(x))
+            x = ODE().step(x, field(x, before, cond), before, after).mean
         return x
 
 

@@ -223,7 +223,7 @@ class FlowPolicy(LightningModule):
         self.scoreboard.update(self.signals.judging.columns(images, batch.prompts), batch.counted)
 
     def on_validation_epoch_end(self) -> None:
-        """Log every reward's mean as ``val/<reward>``."""
+        """Log every reward's mean as ``val/<reward>``, or ``test/<reward>`` in a test."""
         stage = "test" if self.trainer.testing else "val"
         means = self.evaluated(stage, self.scoreboard)
         self.log_dict({f"{stage}/{name}": value for name, value in means.items()}, sync_dist=True)

@@ -1,0 +1,67 @@
+"""A plan, printed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rich.console import Console
+from rich.table import Table
+
+from flowopd.preflight.costs import Speed
+from flowopd.preflight.forwards import DECODED, TRAINED
+from flowopd.preflight.plan import Hardware, Plan
+
+GB = 1e9
+
+
+def show_plan(planned: Plan, hardware: Hardware, speed: Speed | None = None) -> None:
+    """Print a plan."""
+    console = Console()
+    console.print(_memory_table(planned))
+    console.print(_work_table(planned, hardware, speed))
+    for note in dict.fromkeys(planned.notes):
+        console.print(f"note: {note}", soft_wrap=True)
+
+
+def _memory_table(planned: Plan) -> Table:
+    table = Table("memory of every device", "GB", title_justify="left")
+    table.columns[1].justify = "right"
+    sections = {
+        f"always ({_gb(planned.static())} GB)": planned.resident,
+        "while a step is trained (estimate)": planned.training,
+        "at other moments, one at a time": planned.transient,
+        "for comparison, not in the sum": planned.for_comparison,
+    }
+    for title, parts in sections.items():
+        table.add_row(title, "", style="bold")
+        for name, size in parts.items():
+            table.add_row(f"  {name}", _gb(size))
+        table.add_section()
+    table.add_row("peak (estimate)", _gb(planned.peak()), style="bold")
+    return table
+
+
+def _work_table(planned: Plan, hardware: Hardware, speed: Speed | None) -> Table:
+    each = f", each of {hardware.ranks} ranks" if hardware.ranks > 1 else ""
+    table = Table(f"work of every optimiser step{each}", "forwards", "TFLOP")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name in dict.fromkeys([*planned.forwards, *planned.flop]):
+        rows = planned.forwards.get(name)
+        table.add_row(name, "" if rows is None else f"{rows:.0f}", f"{planned.flop.get(name, 0) / 1e12:.1f}")
+    table.add_section()
+    rows = sum(count for name, count in planned.forwards.items() if name != DECODED)
+    table.add_row("in all", f"{rows:.0f}", f"{sum(planned.flop.values()) / 1e12:.1f}", style="bold")
+    if speed is not None:
+        table.add_row(f"measured here: {seconds(planned.forwards, speed):.1f} s without rewards", "", "")
+    return table
+
+
+def seconds(forwards: Mapping[str, float], speed: Speed) -> float:
+    """Seconds per optimiser step, without rewards and pictures."""
+    plain = sum(rows for name, rows in forwards.items() if name not in (TRAINED, DECODED))
+    return plain * speed.forward + forwards.get(TRAINED, 0.0) * speed.trained
+
+
+def _gb(size: float) -> str:
+    return f"{size / GB:.3f}"

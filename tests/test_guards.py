@@ -180,14 +180,55 @@ def test_a_healthy_run_is_the_same_with_a_guard(student, tmp_path):
 
 def test_a_student_that_runs_away_from_its_teacher_stops(student, tmp_path):
     policy, callbacks = student(lr=3e3)
-    with pytest.raises(Alarm, match=r"velocity_mse is .*, more than 1.5 times the .* of the first iteration"):
-        fit(tmp_path, policy, [*callbacks, Guard(growth=1.5)], epochs=8, gradient_clip_val=0)
+    with pytest.raises(Alarm, match=r"velocity_mse is .*, more than 1.5 times the .* of the first iterations"):
+        fit(tmp_path, policy, [*callbacks, Guard(growth=1.5, warm_up=1)], epochs=8, gradient_clip_val=0)
 
 
 def test_limits_on_other_metrics_hold(student, tmp_path):
     policy, callbacks = student(Anchored(TransitionKL()))
     with pytest.raises(Alarm, match=r"anchor/loss is .*, beyond its limit of 1e-12"):
         fit(tmp_path, policy, [*callbacks, AnchorCallback(BaseTeacher(2.0)), Guard(limits={"anchor/loss": 1e-12})])
+
+
+def alarms(name: str, values: list[float], **options) -> list[int]:
+    """The iterations in which a guard raises the alarm."""
+    guard = Guard(**options)
+    return [i for i, value in enumerate(values) if guard._fault(name, value, i) is not None]
+
+
+DRAWN = [0.14, 0.53, 1.27, 0.5, 0.09, 1.3, 0.4, 0.53, 1.1, 0.2, 1.4, 0.14, 1.27]  # what differs is the drawn steps
+HEALTHY = {
+    "steps that are drawn anew": ("anchor/loss", DRAWN),
+    "a student that starts at its anchor": ("anchor/loss", [0.0] * 10 + [0.4, 0.9, 1.5, 1.9]),
+    "a student that starts at its teacher": ("distill/velocity_mse", [0.0, 0.01, 0.04] + [0.05] * 10),
+    "noise levels of unlike errors": ("distill/velocity_mse", [0.02, 0.3, 0.02, 0.3, 0.25] * 4),
+    "teachers far away": ("distill/velocity_mse", [1.6, 1.0, 0.84, 0.75, 0.63, 1.0] * 4),
+}
+
+
+@pytest.mark.parametrize("kind", HEALTHY)
+def test_a_healthy_run_raises_no_alarm(kind):
+    assert alarms(*HEALTHY[kind]) == []
+
+
+@pytest.mark.parametrize("kind", HEALTHY)
+@pytest.mark.parametrize("last", [50.0, math.nan, math.inf])
+def test_a_distance_that_explodes_after_a_healthy_start_is_an_alarm(kind, last):
+    name, values = HEALTHY[kind]
+    assert alarms(name, [*values, last]) == [len(values)]
+
+
+@pytest.mark.parametrize("last", [50.0, math.nan, math.inf])
+def test_the_first_iterations_may_not_explode_either(last):
+    assert alarms("distill/velocity_mse", [0.3, 0.4, last]) == [2]
+    assert alarms("anchor/loss", [0.3, 0.4, last]) == [2]
+    assert alarms("distill/velocity_mse", [last])[:1] == ([0] if not math.isfinite(last) else [])
+
+
+@pytest.mark.parametrize("options", [{"growth": 1.0}, {"warm_up": 0}, {"log_ratio": 0.0}, {"limits": {"a": math.nan}}])
+def test_limits_that_are_none_are_refused(options):
+    with pytest.raises(ValueError, match=r"expected a(t least| )"):
+        Guard(**options)
 
 
 JUDGED = {
@@ -206,7 +247,7 @@ JUDGED = {
 def test_every_metric_is_judged_by_its_limit(case):
     import re
 
-    answer = Guard()._fault(*case)
+    answer = Guard()._fault(*case, iteration=20)
     assert answer is None if JUDGED[case] is None else re.search(JUDGED[case], answer)
 
 

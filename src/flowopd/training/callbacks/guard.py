@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from typing_extensions import override
 
 from flowopd.core.names import perhaps
 from flowopd.core.ranges import above, at_least, finite
@@ -26,9 +27,10 @@ DRIFT: Mapping[str, tuple[float, float]] = {
     "diversity": (-0.6, 3.0),
 }
 
-
-SMALL = 0.01
-"""A small mean squared error of velocities, whose own mean square is about 1."""
+# Distances that no iteration may exceed by far, by the end of their names, and what is small for each: a mean squared
+# error of velocities, whose own mean square is about 1; and nats per latent dimension, of which a step has the more the
+# less noise it has.
+SMALL: Mapping[str, float] = {"/velocity_mse": 0.01, "anchor/loss": 1.0}
 
 
 class Alarm(ValueError):
@@ -39,15 +41,24 @@ class Guard(Callback):
     """Stops a run, or warns, before a bad state is saved; the last good checkpoint survives.
 
     Looks at the loss and the gradient before every optimiser step (a bad one is not taken), and at the end of every
-    iteration at the weights and at what was logged: ratios, the distance to the teacher, pictures.
+    iteration at the weights and at what was logged: ratios, the distances to teacher and anchor, pictures.
+
+    A distance differs between steps, and a run may draw anew which steps it trains. So it is compared with its largest
+    value in the first ``warm_up`` iterations, which have seen most steps; in these it may exceed the largest so far by
+    the square of ``growth``.
 
     Args:
         on_alarm: ``stop`` ends the run with one sentence; ``warn`` says it once, keeps a copy of the last checkpoint as
             ``good.ckpt`` and goes on.
         log_ratio: largest ``*/log_ratio`` of an iteration, in absolute nats per latent dimension.
-        growth: largest factor by which ``distill/velocity_mse`` may exceed its value in the first iteration, or 0.01.
+        growth: largest factor by which ``*/velocity_mse`` may exceed its largest value in the first iterations, or
+            0.01, and ``anchor/loss`` its own, or 1 nat per latent dimension.
+        warm_up: iterations that show how large these are in a healthy run.
         limits: largest absolute value of other logged metrics, by name.
         drift: lowest and highest change of each figure of ``DriftMetrics`` since the start; default: ``DRIFT``.
+
+    Raises:
+        ValueError: if a limit is none.
     """
 
     def __init__(
@@ -55,71 +66,79 @@ class Guard(Callback):
         on_alarm: Literal["stop", "warn"] = "stop",
         log_ratio: float = 0.05,
         growth: float = 5.0,
+        warm_up: int = 10,
         limits: dict[str, float] | None = None,
         drift: dict[str, tuple[float, float]] | None = None,
     ) -> None:
         at_least(0.0, log_ratio=log_ratio, **(limits or {}))
-        above(0.0, growth=growth)
+        above(1.0, growth=growth)
+        at_least(1, warm_up=warm_up)
         _check_drift(drift or {})
         self.on_alarm = on_alarm
         self.log_ratio = log_ratio
         self.growth = growth
-        self.limits = {"anchor/loss": 1.0} | (limits or {})
+        self.warm_up = warm_up
+        self.limits = limits or {}
         self.drift = {**DRIFT, **(drift or {})}
         self.start: dict[str, float] = {}
         self._finite_loss: Tensor | None = None
         self._told: set[str] = set()
 
+    @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Remember whether the losses of this update are finite, without waiting for the device."""
-        finite = loss.detach().isfinite()
+        finite = loss.detach().isfinite()  # asked for at the update: waiting for the device here would cost time
         self._finite_loss = finite if self._finite_loss is None else self._finite_loss & finite
 
+    @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Refuse an update that would poison the weights."""
-        finite, self._finite_loss = self._finite_loss is None or bool(self._finite_loss), None
+        finite = self._finite_loss is None or bool(self._finite_loss)
+        self._finite_loss = None
         if _anywhere(trainer, not finite):
             self._refuse_update(trainer, pl_module, "the loss is not a finite number")
         elif not _is_scaled(trainer) and _anywhere(trainer, bool(_bad(_gradients(pl_module)))):
             names = ", ".join(_bad(_gradients(pl_module))[:1]) or "on another rank"
             self._refuse_update(trainer, pl_module, f"the gradient is not finite ({names})")
 
+    @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Judge the iteration; lightning saves its checkpoint after this."""
+        # lightning saves the iteration's checkpoint after this
         if _anywhere(trainer, bool(_bad(_weights(pl_module)))):
             self._raise(trainer, "weights", "the trained weights are not finite")
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        for kind, saw in self._faults(metrics):
-            self._raise(trainer, kind, saw)
+        for name, value in metrics.items():
+            if (reason := self._fault(name, value, trainer.current_epoch)) is not None:
+                self._raise(trainer, name, f"{name} is {value:.3g}, {reason}")
 
+    @override
     def state_dict(self) -> dict[str, Any]:
-        """What the first iteration looked like."""
         return {"start": self.start}
 
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Remember the first iteration."""
         self.start = state_dict["start"]
 
-    def _faults(self, metrics: Mapping[str, float]) -> Iterator[tuple[str, str]]:
-        for name, value in metrics.items():
-            if (reason := self._fault(name, value)) is not None:
-                yield name, f"{name} is {value:.3g}, {reason}"
-
-    def _fault(self, name: str, value: float) -> str | None:
+    def _fault(self, name: str, value: float, iteration: int) -> str | None:
         if name.endswith("/loss") and not math.isfinite(value):
             return "not a finite number"
         if name.endswith("/log_ratio") and not abs(value) <= self.log_ratio:
             return f"beyond the limit of {self.log_ratio:g} nats per latent dimension"
         if name in self.limits and not abs(value) <= self.limits[name]:
             return f"beyond its limit of {self.limits[name]:g}"
-        if name == "distill/velocity_mse":
-            return self._grown(name, value)
+        for end, small in SMALL.items():
+            if name.endswith(end):
+                return self._grown(name, value, small, iteration)
         return self._drifted(name, value)
 
-    def _grown(self, name: str, value: float) -> str | None:
-        start = max(self.start.setdefault(name, value), SMALL)  # a student may start at its teacher
-        grown = not value <= self.growth * start
-        return f"more than {self.growth:g} times the {start:.3g} of the first iteration" if grown else None
+    def _grown(self, name: str, value: float, small: float, iteration: int) -> str | None:
+        """Whether a distance is far beyond what the run began with; a student may start at its teacher."""
+        begun = iteration >= self.warm_up
+        largest = self.start.get(name, value if math.isfinite(value) else 0.0)
+        if not begun and math.isfinite(value):
+            self.start[name] = max(largest, value)
+        factor = self.growth if begun else self.growth**2
+        if value <= factor * max(largest, small):
+            return None
+        return f"more than {factor:g} times the {max(largest, small):.3g} of the first iterations"
 
     def _drifted(self, name: str, value: float) -> str | None:
         stage, _, figure = name.removesuffix("_change").partition("/")

@@ -8,6 +8,7 @@ from pathlib import Path
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
+from typing_extensions import override
 
 from flowopd.core.ranges import at_least
 from flowopd.evaluation import contact_sheet, save_png
@@ -35,22 +36,22 @@ class ImageGrid(Callback):
         self.prompts_per_task = prompts_per_task
         self.every = every
 
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The policy before training."""
         self._save(trainer, {"student": policy_of(pl_module).velocity}, trainer.current_epoch)
 
+    @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The policy along the way, its average if the run keeps one."""
         if self.every and (trainer.current_epoch + 1) % self.every == 0:
             with averaged(trainer):
                 self._save(trainer, {"student": policy_of(pl_module).velocity}, trainer.current_epoch + 1)
 
+    @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Every model beside every other."""
         self._save(trainer, models(on_device(trainer, pl_module)), name="models")
 
+    @override
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Every model beside every other."""
         self.on_fit_end(trainer, pl_module)
 
     def _save(self, trainer: Trainer, models: dict[str, VelocityField], step: int = 0, name: str = "") -> None:
@@ -72,15 +73,17 @@ class PictureFolder(Callback):
     def __init__(self) -> None:
         self._drawn = 0
 
+    @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say what every picture will show."""
-        folder, self._drawn = _pictures(trainer), 0
+        self._drawn = 0
+        folder = _pictures(trainer)
         if trainer.is_global_zero:
             folder.mkdir(parents=True, exist_ok=True)
             prompts = enumerate(data_of(trainer).held_out())
             lines = [{"file": _png(row), "task": prompt.task, "text": prompt.text} for row, prompt in prompts]
             (folder / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
+    @override
     def on_predict_batch_end(
         self,
         trainer: Trainer,
@@ -90,9 +93,9 @@ class PictureFolder(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Save the images of a batch; ranks take turns over the rows."""
         for image, counted in zip(outputs, batch.counted, strict=True):
             if counted:
+                # ranks take turns over the rows
                 row = trainer.global_rank + trainer.world_size * self._drawn
                 save_png(image, _pictures(trainer) / _png(row))
             self._drawn += 1

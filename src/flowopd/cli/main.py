@@ -53,10 +53,13 @@ def main() -> None:
         print(__version__)
     elif arguments[0] in TOOLS:
         _use(TOOLS[arguments[0]])
-    elif arguments[0].startswith("-") or arguments[0] in VERBS:
+    elif arguments[0] in VERBS:
         _function(RUNS.get(arguments[0], "flowopd.cli.run:run"))()
     else:
-        _refuse(f"there is no verb {arguments[0]!r}; expected one of {', '.join(VERBS)}")
+        from flowopd.core.names import perhaps
+
+        verb = arguments[0][:40]
+        _refuse(f"there is no verb {verb!r}{perhaps(verb, VERBS)}; expected one of {', '.join(VERBS)}")
 
 
 def _use(tool: str) -> None:
@@ -64,7 +67,9 @@ def _use(tool: str) -> None:
     try:
         _function(tool)()
     except (ArgumentError, ValueError, OSError, ImportError) as error:
-        _refuse(" ".join(str(error).split()))
+        from flowopd.cli.sentences import sentence_of
+
+        _refuse(sentence_of(error))
     except KeyboardInterrupt:
         raise SystemExit("stopped") from None
 

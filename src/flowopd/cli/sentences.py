@@ -64,6 +64,7 @@ NOISE = re.compile(
     r"a class path \(str\)|a dict (?:with|without) |full_key: |object_type=|Expected a <class 'NoneType'>|"
     r"Subclasses are disabled for"
 )
+GIVEN = re.compile(r"(?:Not of type \w+|Expected a dot import path string): (\S+)")
 CALLABLE = re.compile(r"Type typing\.Callable.* expects a function or a callable class: ")
 
 
@@ -85,6 +86,7 @@ def _leaves(text: str) -> Iterator[Leaf]:
         elif phrase and not NOISE.match(phrase):
             owner = above[-1][2] if above else ""  # of an option, where no further key stands between
             phrase, *got = re.split(r"\. Got value: ?", phrase)
+            got += GIVEN.findall(phrase)
             waiting.append(Leaf(place, owner, phrase, len(above), got[0] if got else None))
     yield from waiting
 
@@ -188,7 +190,9 @@ def _missing(leaf: Leaf, found: re.Match[str]) -> str:
     names = [name.rpartition(".")[2] for name in found[1].split(", ")]
     if found[1].startswith(("fit.", "validate.", "test.", "predict.")):
         return f"nothing says what {' and '.join(sorted(names, reverse=True))} the run has; give --config FILE"
-    return f"{leaf.owner or 'it'} needs {', '.join(names)}"
+    if leaf.place:
+        return f"{leaf.owner or 'it'} needs {', '.join(names)}"
+    return f"the command needs {', '.join(f'--{name}' for name in names)}"
 
 
 def _not_a(leaf: Leaf, found: re.Match[str]) -> str:

@@ -5,6 +5,7 @@ import torch
 
 from flowopd.core import (
     ODE,
+    Anchored,
     CleanPicture,
     DanceSDE,
     Dynamics,
@@ -14,6 +15,7 @@ from flowopd.core import (
     Released,
     ShiftedSchedule,
     Transition,
+    TransitionKL,
     Uniform,
     clean_from_velocity,
 )
@@ -46,6 +48,15 @@ def test_the_exact_weight_makes_the_distance_a_kl(dynamics):
     student, velocity = trained_steps(dynamics), torch.randn(9, 3, 4, 4, dtype=torch.float64)
     distance = ((student.velocity - velocity) ** 2).mean((1, 2, 3))
     torch.testing.assert_close(ExactKL().weight(student) * distance, student.kl(student.shifted_to(velocity)))
+
+
+def test_the_exact_weight_is_the_papers():
+    """Δt/2 · (σ_t (1 - t) / 2t + 1/σ_t)², t being our σ and σ_t the diffusion g; so the paper's λ goes with it."""
+    step = trained_steps(FlowSDE(0.7))
+    t, g = step.sigma[1:], FlowSDE(0.7).diffusion(step.sigma, step.sigma_next)[1:]  # g diverges at t = 1
+    paper = (t - step.sigma_next[1:]) / 2 * (g * (1 - t) / (2 * t) + 1 / g) ** 2
+    torch.testing.assert_close(ExactKL().weight(step)[1:], paper)
+    assert isinstance(Anchored(TransitionKL()).weighting, ExactKL)
 
 
 def test_the_released_weight_leaves_out_the_step_size():

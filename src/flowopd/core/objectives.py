@@ -335,8 +335,8 @@ class Anchored(Shown):
 
     Args:
         objective: the objective to anchor.
-        strength: λ; the paper's 0.02 and the released code's 0.04 go with ``Released`` weights.
-        weighting: w; ``ExactKL`` makes the pull a KL in nats per latent dimension.
+        strength: λ; the paper's 0.02 goes with ``ExactKL`` weights, the released code's 0.04 with ``Released`` ones.
+        weighting: w; ``ExactKL``, as in the paper, makes the pull a KL in nats per latent dimension.
 
     References:
         Flow-OPD (arXiv 2605.08063), MAR.

@@ -37,7 +37,6 @@ FIT = {
     "data.init_args.batch_size": "2",
 }
 FUSED = {
-    "trainer.accumulate_grad_batches": "2",
     "model.init_args.sampler.init_args.window": "[0,2]",
     "model.init_args.sampler.init_args.trained": "[0,2]",
 }

@@ -194,7 +194,7 @@ def test_a_student_that_starts_from_a_merge_can_report_it_too(tiny_pipeline, tmp
     ("arguments", "sentence"),
     [
         ({"source": "self"}, "SFT on all of its own pictures teaches a model nothing; set keep to best or softmax"),
-        ({"temperature": 0.0}, "temperature is 0.0; expected more than 0"),
+        ({"temperature": 0.0}, "temperature is 0.0; expected a number above 0.0"),
     ],
 )
 def test_strategies_that_make_no_sense_are_refused(arguments, sentence):

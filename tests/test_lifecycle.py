@@ -196,7 +196,7 @@ def test_torchrun_starts_sharded_ranks_that_share_a_folder(tmp_path):
     words += ["--data.init_args.prompts_per_iteration=4", "--data.init_args.batch_size=2"]
     sizes = {"num_steps": "2", "eval_steps": "2", "window": "[0,1]", "trained": "[0,1]"}
     words += [f"--model.init_args.sampler.init_args.{name}={size}" for name, size in sizes.items()]
-    words += ["--trainer.limit_val_batches=0", "--trainer.accumulate_grad_batches=1"]
+    words += ["--trainer.limit_val_batches=0"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "flowopd"]
     command = [*launcher, "fit", "--config", str(CONFIGS / "tiles" / "opd.yaml"), *words]
     first = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)

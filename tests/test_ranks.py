@@ -1,7 +1,9 @@
 """The laws of several ranks: they share the work and change nothing."""
 
 import json
+from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import pytest
 import tiny
@@ -12,7 +14,7 @@ from flowopd.core import ClippedSurrogate
 from flowopd.models.adapters.files import read_adapter
 from flowopd.models.adapters.lora import ATTENTION
 from flowopd.teachers import LoRATeacher
-from flowopd.training import AdapterExport, GRPOTeacher, OPDStudent, RewardCallback, TeacherCallback
+from flowopd.training import AdapterExport, FlowPolicy, GRPOTeacher, OPDStudent, RewardCallback, TeacherCallback
 
 DDP, FSDP2 = ({"strategy": name, "devices": 2} for name in ("ddp", "fsdp2"))
 both_strategies = pytest.mark.parametrize("two_ranks", [DDP, FSDP2], ids=["ddp", "fsdp2"])
@@ -31,13 +33,16 @@ def callbacks(experts):
     return [*teachers, RewardCallback("brightness", tiny.Brightness()), AdapterExport()]
 
 
-def fit(folder, policy, experts, accumulate: int, fused: bool = False, **options):
-    """Two iterations, of one update each, from the same start."""
+def fit(folder, recipe, experts, ranks: int = 1, **options):
+    """Two iterations from the same start."""
     torch.manual_seed(0)
-    data = tiny.data("red", "green", fused=fused)
-    options |= {"max_epochs": 2, "accumulate_grad_batches": accumulate}
+    policy = recipe.policy()
+    data = tiny.data("red", "green", batch_size=recipe.batch_size, fused=recipe.fused)
+    batches = 8 // ranks // recipe.batch_size * policy.batches_per_rollout()
+    options |= {"max_epochs": 2, "accumulate_grad_batches": batches // recipe.updates}
     trainer = tiny.trainer(folder, callbacks(experts), **options)
     trainer.fit(policy, data)
+    assert trainer.global_step == 2 * recipe.updates
     if trainer.is_global_zero:
         keep(folder / "metrics.json", {name: float(value) for name, value in trainer.callback_metrics.items()})
 
@@ -50,34 +55,50 @@ def assert_same_figures(first, second):
     assert json.loads(second.read_text()) == pytest.approx(json.loads(first.read_text()), abs=1e-6)
 
 
-POLICIES = {
-    "grpo": partial(tiny.policy, GRPOTeacher, objective=ClippedSurrogate(1.0), lr=3.0),
-    "whole": partial(tiny.policy, OPDStudent, lr=1.0),
-    "fused": partial(tiny.policy, OPDStudent, lr=1.0),
+class Recipe(NamedTuple):
+    """A policy, the rows of its batches, the road, and the updates of an iteration."""
+
+    policy: Callable[..., FlowPolicy]
+    batch_size: int = 4
+    fused: bool = False
+    updates: int = 1
+
+
+GRPO = partial(tiny.policy, GRPOTeacher, objective=ClippedSurrogate(1.0), lr=3.0)
+OPD = partial(tiny.policy, OPDStudent, lr=1.0)
+RECIPES = {  # of eight rows
+    "grpo": Recipe(GRPO),
+    "whole": Recipe(OPD),
+    "fused": Recipe(OPD, fused=True),
+    "grpo in two updates": Recipe(GRPO, 2, updates=2),
+    "fused in two updates": Recipe(OPD, 2, fused=True, updates=2),
+    "sft in two updates": Recipe(tiny.sft, updates=2),
+    "sft in four updates": Recipe(tiny.sft, 2, updates=4),
 }
 
 
-@pytest.fixture(scope="module", params=POLICIES)
+@pytest.fixture(scope="module", params=RECIPES)
 def alone(request, tiny_pipeline, tmp_path_factory, experts):
-    """A policy, and the folder where one rank trained it."""
-    folder = tmp_path_factory.mktemp("alone")
-    policy, fused = partial(POLICIES[request.param], tiny_pipeline, start=experts["start"]), request.param == "fused"
-    fit(folder, policy(), experts, 6, fused)
-    return policy, fused, folder
+    """A recipe, and the folder where one rank trained it."""
+    folder, recipe = tmp_path_factory.mktemp("alone"), RECIPES[request.param]
+    start = {} if recipe.policy is tiny.sft else {"start": experts["start"]}
+    recipe = recipe._replace(policy=partial(recipe.policy, tiny_pipeline, **start))
+    fit(folder, recipe, experts)
+    return recipe, folder
 
 
 @both_strategies
 def test_two_ranks_train_what_one_trains(tmp_path, experts, alone, two_ranks):
-    """One rank has two batches of three steps; of two ranks each has one. An update takes all six."""
-    policy, fused, one = alone
-    two = tmp_path
-    run_ranks(lambda: fit(two, policy(), experts, 3, fused, **two_ranks))
-    start, first, second = (read_adapter(str(path)) for path in (experts["start"], one / "adapter", two / "adapter"))
+    """Every update takes the same rows."""
+    recipe, one = alone
+    run_ranks(lambda: fit(tmp_path, recipe, experts, 2, **two_ranks))
+    first, second = (read_adapter(str(folder / "adapter")) for folder in (one, tmp_path))
     for key, value in first.tensors.items():
         torch.testing.assert_close(second.tensors[key], value, rtol=0, atol=1e-6)
-    moved = max((value - start.tensors[key]).abs().max() for key, value in first.tensors.items())
+    begun = {} if recipe.policy.func is tiny.sft else read_adapter(str(experts["start"])).tensors  # B begins with 0
+    moved = max((value - begun.get(key, 0)).abs().max() for key, value in first.tensors.items() if "lora_B" in key)
     assert moved > 1e-3
-    assert_same_figures(one / "metrics.json", two / "metrics.json")
+    assert_same_figures(one / "metrics.json", tmp_path / "metrics.json")
 
 
 @both_strategies

@@ -169,6 +169,16 @@ def test_recipes_say_what_the_sources_say(name):
         assert content["trainer"]["gradient_clip_val"] == 1.0
 
 
+def test_the_levels_of_sft_are_those_of_the_released_code(config, built):
+    """An index from logit-normal(0, 1) into SD3's shifted training levels."""
+    strategy = built("fit", "--config", config("cold_start_sft"), *CPU).model.strategy
+    normal = torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64))
+    shifted = 3 * torch.sigmoid(normal) / (1 + 2 * torch.sigmoid(normal))
+    ours = torch.sigmoid(strategy.sigma_mean + strategy.sigma_std * normal)
+    torch.testing.assert_close(ours, shifted, rtol=0, atol=1e-4)
+    assert ours.tolist() == pytest.approx([0.457, 0.751, 0.916], abs=5e-3)  # a plain logit-normal has .216, .499, .782
+
+
 SMALL = {
     "data.init_args.evaluation_count": 2,
     "data.init_args.prompts_per_iteration": 4,

@@ -305,20 +305,23 @@ def test_sft_learns_the_straight_path_to_what_the_teachers_drew(tiny_pipeline, r
     run(policy, tiny.data("red", "green"), [*teachers.values(), batches])
     assert [len(batches.seen), len(rollouts)] == [4, 2]
     for number, batch in enumerate(batches.seen):
-        rollout, sigma = rollouts[number // 2], batch.sigma[:, None, None, None]
+        rollout, sigma = rollouts[number % 2], batch.sigma[:, None, None, None]
         torch.testing.assert_close(batch.x - sigma * batch.labels.target, rollout.latents[:, -1], rtol=0, atol=1e-5)
         fresh = batch.x + (1 - sigma) * batch.labels.target
         assert fresh.std().item() == pytest.approx(1, abs=0.1)
         assert ((batch.sigma > 0) & (batch.sigma < 1)).all()
-    teacher = teachers[rollouts[0].prompts[0].task].role.teacher
-    drawn = teacher.velocity(rollouts[0].latents[:, 1], rollouts[0].sigmas[1].expand(4), rollouts[0].cond)
-    torch.testing.assert_close(rollouts[0].velocities[:, 1], drawn, rtol=0, atol=1e-6)
+    first = rollouts[0]
+    assert [prompt.task for prompt in first.prompts] == ["red", "red", "green", "green"]
+    for rows, task in ((slice(0, 2), "red"), (slice(2, 4), "green")):
+        states, levels = first.latents[rows, 1], first.sigmas[1].expand(2)
+        drawn = teachers[task].role.teacher.velocity(states, levels, first.cond[rows])
+        torch.testing.assert_close(first.velocities[rows, 1], drawn, rtol=0, atol=1e-6)
 
 
 def test_sft_draws_its_levels_from_a_logit_normal():
     noise = RowNoise((1,), range(2000), range(2000))
     rollout = Sampler(2).rollout(lambda x, sigma, cond: x, [], None, noise)
-    batches = list(SFT(draws=1, mean=0.5, std=2.0).batches(rollout, noise))
+    batches = list(SFT(draws=1, sigma_mean=0.5, sigma_std=2.0).batches(rollout, noise))
     logits = torch.logit(batches[0].sigma.double())
     assert logits.mean().item() == pytest.approx(0.5, abs=0.15)
     assert logits.std().item() == pytest.approx(2.0, abs=0.15)

@@ -23,7 +23,7 @@ from flowopd.models import LoRASpec, SD3Backbone
 from flowopd.models.adapters.lora import ATTENTION
 from flowopd.records import Prompt
 from flowopd.rollouts import Sampler
-from flowopd.training import FlowPolicy, RolloutDataModule
+from flowopd.training import SFT, ColdStart, FlowPolicy, RolloutDataModule
 
 TOKENS = 16  # length of a prompt
 
@@ -188,9 +188,15 @@ def policy(
     return kind(backbone(path), objective, **(defaults | options))
 
 
+def sft(path: str, draws: int = 2, lr: float = 1.0) -> ColdStart:
+    """A cold start of four steps, trained by plain gradient descent."""
+    options = {"sampler": Sampler(num_steps=4), "lora": LoRASpec(rank=4, alpha=8)}
+    return ColdStart(backbone(path), SFT(draws), **options, optimizer=partial(torch.optim.SGD, lr=lr))
+
+
 def data(*tasks: str, **options) -> RolloutDataModule:
     """Four prompts of two siblings in batches of four rows, unless told otherwise."""
-    sizes = {"prompts_per_iteration": 4, "group_size": 2, "batch_size": 4, "evaluation_count": 3}
+    sizes = {"prompts_per_iteration": 4, "group_size": 2, "batch_size": 4, "evaluation_count": 3, "seed": 0}
     return RolloutDataModule({task: Words(task) for task in tasks or ("red",)}, **(sizes | options))
 
 

@@ -1,6 +1,7 @@
 """Several tasks in one run."""
 
 from collections.abc import Mapping
+from difflib import get_close_matches
 
 from flowopd.core.ranges import at_least
 from flowopd.prompts.base import PromptSource
@@ -32,8 +33,13 @@ class Mixture:
         self.sources = dict(sources)
         self.ratio = dict(ratio or dict.fromkeys(sources, 1))
         self.alternate = alternate
-        if set(self.ratio) != set(self.sources):
-            raise ValueError(f"ratio names tasks {sorted(self.ratio)}, the prompts are of {sorted(self.sources)}")
+        known = ", ".join(sorted(self.sources))
+        if strange := sorted(set(self.ratio) - set(self.sources)):
+            near = get_close_matches(strange[0], self.sources, 1)
+            perhaps = f" (did you mean {near[0]!r}?)" if near else ""
+            raise ValueError(f"ratio names task {strange[0]!r}{perhaps}, the prompts are of {known}")
+        if missing := sorted(set(self.sources) - set(self.ratio)):
+            raise ValueError(f"ratio says nothing of task {missing[0]!r}, the prompts are of {known}; 0 is none of it")
         at_least(0, **{f"share of {task}": share for task, share in self.ratio.items()})
         if not any(self.ratio.values()):
             raise ValueError(f"one share at least must be above 0, got {self.ratio}")
@@ -53,7 +59,19 @@ class Mixture:
             raise ValueError(f"{count} prompts per iteration do not divide into shares {self.ratio}")
         return {task: count // len(cycle) * share for task, share in self.ratio.items()}
 
+    def dealt(self, count: int, iteration: int) -> list[int]:
+        """The order in which the prompts of ``draw`` are dealt out: each task spread evenly over all of it.
+
+        Cut into n equal parts, it gives each the same number of every task, wherever n divides these numbers.
+
+        >>> from flowopd.prompts import OCRPrompts
+        >>> Mixture({task: OCRPrompts(task=task) for task in ("sign", "poster")}, {"sign": 1, "poster": 2}).dealt(6, 0)
+        [2, 0, 3, 4, 1, 5]
+        """
+        places = [(2 * k + 1) / n for n in self.counts(count, iteration).values() for k in range(n)]
+        return sorted(range(count), key=lambda index: (places[index], index))
+
     def draw(self, count: int, iteration: int, seed: int) -> list[Prompt]:
-        """Prompts of one iteration; they depend on ``iteration`` and ``seed`` alone."""
+        """Prompts of one iteration, task after task; they depend on ``iteration`` and ``seed`` alone."""
         counts = self.counts(count, iteration).items()
         return [prompt for task, n in counts for prompt in self.sources[task].draw(n, seed * 1_000_003 + iteration)]

@@ -39,7 +39,7 @@ class Sampler(Shown):
         guidance_scale: s of the policy, in rollouts, training and evaluation alike.
 
     Raises:
-        ValueError: if a window is empty or reaches outside the steps.
+        ValueError: if a number is out of range, or a window is empty or reaches outside the steps.
 
     >>> sampler = Sampler(num_steps=4, window=(0, 2))
     >>> sampler.sigmas()
@@ -77,7 +77,7 @@ class Sampler(Shown):
         self.steps = steps
         if steps is not None:
             steps.check(len(self.trained_steps()))
-        self.eval_steps = eval_steps or num_steps
+        self.eval_steps = num_steps if eval_steps is None else eval_steps
         self.guidance_scale = guidance_scale
 
     def sigmas(self) -> Tensor:

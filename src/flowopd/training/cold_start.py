@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flowopd.core.objectives import FlowMatching
 from flowopd.core.paths import interpolate, velocity_from
+from flowopd.core.ranges import above, at_least, within
 from flowopd.models import Backbone, Merge
 from flowopd.records import Conditioning, Rollout, StepBatch
 from flowopd.rollouts import Draw, RowNoise, VelocityField
@@ -23,7 +24,8 @@ from flowopd.training.ranks.sums import added_over_ranks
 class SFT:
     """Flow matching on final latents that the routed teachers, or the model itself, sampled.
 
-    σ is drawn from logit-normal(mean, std), as in SD3. Of the siblings of a prompt all may count alike, or by their
+    logit σ is drawn from a normal distribution; SD3 takes its mean for 0 and shifts the levels by 3, which amounts to a
+    mean of log 3. Of the siblings of a prompt all may count alike, or by their
     training reward r (``RewardCallback``), with weights that sum to their number G:
 
         best:     w = G / n for the n siblings of the highest reward, 0 for the others
@@ -33,13 +35,13 @@ class SFT:
 
     Args:
         draws: step batches made of every rollout.
-        mean, std: of the logit of σ.
+        sigma_mean, sigma_std: of the logit of σ.
         source: who samples: ``teachers``, as in the paper, or ``self``, which needs no teacher but a reward.
         keep: which siblings count: ``all``, the ``best``, or by ``softmax``.
         temperature: of the softmax, in units of the reward.
 
     Raises:
-        ValueError: if the model would learn from its own pictures without a reward.
+        ValueError: if a number is out of range, or the model would learn from its own pictures without a reward.
 
     References:
         Flow-OPD (arXiv 2605.08063), SFT cold start; Scaling Rectified Flow Transformers (Esser et al., 2024), Eq. 19;
@@ -47,8 +49,8 @@ class SFT:
     """
 
     draws: int = 4
-    mean: float = 0.0
-    std: float = 1.0
+    sigma_mean: float = 0.0
+    sigma_std: float = 1.0
     source: Literal["teachers", "self"] = "teachers"
     keep: Literal["all", "best", "softmax"] = "all"
     temperature: float = 0.1
@@ -56,8 +58,10 @@ class SFT:
     def __post_init__(self) -> None:
         if self.source == "self" and self.keep == "all":
             raise ValueError("SFT on all of its own pictures teaches a model nothing; set keep to best or softmax")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature is {self.temperature}; expected more than 0")
+        at_least(1, draws=self.draws)
+        within(-10.0, 10.0, sigma_mean=self.sigma_mean)
+        at_least(0.0, sigma_std=self.sigma_std)
+        above(0.0, temperature=self.temperature)
 
     def weights(self, rewards: Tensor, group_size: int) -> Tensor:
         """Weights (B,), summing to G in every group of siblings, or to 0 where no reward is known.
@@ -79,7 +83,7 @@ class SFT:
         """Noised final latents, with the velocity noise - clean as target."""
         clean = rollout.latents[:, -1]
         for draw in range(self.draws):
-            sigma = torch.sigmoid(self.mean + self.std * noise.named(f"sft level {draw}"))
+            sigma = torch.sigmoid(self.sigma_mean + self.sigma_std * noise.named(f"sft level {draw}"))
             fresh = noise.named(f"sft noise {draw}", noise.shape)
             batch = StepBatch(
                 x=interpolate(clean, fresh, sigma),
@@ -128,6 +132,9 @@ class ColdStart(FlowPolicy):
     References:
         Flow-OPD (arXiv 2605.08063), cold start.
     """
+
+    exchangeable = True
+    """Draws of noise on the same pictures."""
 
     def __init__(
         self,

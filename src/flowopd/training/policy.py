@@ -62,6 +62,9 @@ class FlowPolicy(LightningModule):
     routed = False
     """Whether rows of a rollout follow different velocity fields."""
 
+    exchangeable = False
+    """Whether the batches of a rollout are alike, so that an update may take one of every rollout."""
+
     def __init__(
         self,
         backbone: Backbone,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
+from itertools import chain
 from typing import Protocol
 
 import torch
@@ -46,13 +47,13 @@ class Whole:
         self.group_size = group_size
 
     def batches(self, draws: Sequence[Draw]) -> Iterator[StepBatch]:
-        """Batches of visited states; those of a rollout follow one another."""
+        """Those of a rollout follow one another; where they are exchangeable, the first of all rollouts come first."""
         needs = self.policy.needs()
-        for draw, rollout in zip(draws, self.rollouts(draws), strict=True):
-            for batch in self.policy.cut(rollout, draw):
-                with sampling(self.policy):
-                    labelled = self.policy.signals.teaching.label(batch, needs)
-                yield labelled
+        cuts = [self.policy.cut(rollout, draw) for rollout, draw in zip(self.rollouts(draws), draws, strict=True)]
+        for batch in chain.from_iterable(zip(*cuts, strict=True) if self.policy.exchangeable else cuts):
+            with sampling(self.policy):
+                labelled = self.policy.signals.teaching.label(batch, needs)
+            yield labelled
 
     def rollouts(self, draws: Sequence[Draw]) -> list[Rollout]:
         """Finished trajectories, with the labels that only these can have."""

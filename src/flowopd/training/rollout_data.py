@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 import torch
 from lightning import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 
+from flowopd.core.ranges import at_least
 from flowopd.prompts import Mixture, PromptSource
 from flowopd.prompts.splits import divided, held_out
 from flowopd.records import EvaluationBatch, Prompt, StepBatch
 from flowopd.rollouts import Draw, RowNoise
+from flowopd.training.limits import check_evaluation_limit, check_fit_limits
 from flowopd.training.policy import FlowPolicy
 from flowopd.training.roads import Fused, Road, Whole
 
@@ -34,12 +40,12 @@ class RolloutDataModule(LightningDataModule):
         fused: the forward that trains a step also advances the trajectory: half the forwards, for objectives that need
             only velocities (``TransitionKL``, ``Anchored``).
         evaluation_prompts: held-out prompts of each task; default: what the training sources hold out.
-        evaluation_count: held-out prompts per task.
+        evaluation_count: held-out prompts per task; 0 evaluates nothing.
         evaluation_batch_size: images drawn at a time.
-        seed: seed of prompts and noise.
+        seed: seed of prompts and noise; default: that of the run, ``seed_everything``.
 
     Raises:
-        ValueError: if sizes do not divide one another.
+        ValueError: if a number is out of range, or sizes do not divide one another.
     """
 
     def __init__(
@@ -55,9 +61,17 @@ class RolloutDataModule(LightningDataModule):
         evaluation_prompts: dict[str, PromptSource] | None = None,
         evaluation_count: int = 256,
         evaluation_batch_size: int = 128,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__()
+        at_least(
+            1,
+            prompts_per_iteration=prompts_per_iteration,
+            group_size=group_size,
+            batch_size=batch_size,
+            evaluation_batch_size=evaluation_batch_size,
+        )
+        at_least(0, evaluation_count=evaluation_count, seed=seed)
         trained, kept = (prompts, evaluation_prompts) if evaluation_prompts else divided(prompts)
         self.mixture = Mixture(trained, ratio, alternate)
         self.mixture.counts(prompts_per_iteration, 0)
@@ -69,9 +83,14 @@ class RolloutDataModule(LightningDataModule):
         self.evaluation_prompts = kept
         self.evaluation_count = evaluation_count
         self.evaluation_batch_size = evaluation_batch_size
-        self.seed = seed
         self.iteration = 0
+        self._seed = seed
         self.check_sizes(ranks=1)
+
+    @cached_property
+    def seed(self) -> int:
+        """Seed of prompts and noise, settled when it is first asked for."""
+        return seed_of_the_run() if self._seed is None else self._seed
 
     @property
     def policy(self) -> FlowPolicy:
@@ -85,10 +104,10 @@ class RolloutDataModule(LightningDataModule):
         return Fused(self.policy) if self.fused else Whole(self.policy, self.group_size)
 
     def setup(self, stage: str) -> None:
-        """Check sizes, signals and the road before any long work.
+        """Check sizes, signals, the road and the trainer's limits before any long work.
 
         Raises:
-            ValueError: if something does not divide, or the objective needs what nothing provides.
+            ValueError: if something does not divide or cannot be meant, or the objective needs what nothing provides.
         """
         assert self.trainer is not None
         self.check_sizes(self.trainer.world_size)
@@ -96,6 +115,20 @@ class RolloutDataModule(LightningDataModule):
         if stage == "fit":
             self.policy.check(list(self.mixture.sources))
             self._check_road()
+            check_fit_limits(self.trainer, self._length())
+            self._say_seeds()
+        verb = TrainerFn(stage).value
+        if self.evaluation_count:
+            name = {"fit": "val", "validate": "val"}.get(verb, verb)
+            check_evaluation_limit(self.trainer, f"limit_{name}_batches", len(self._evaluation_chunks()))
+        elif verb == "fit":
+            self.trainer.limit_val_batches = 0
+        else:
+            raise ValueError(f"evaluation_count is 0, so there is nothing to {verb}; set it to 1 or more")
+
+    def _say_seeds(self) -> None:
+        if self._seed is not None and self._seed != seed_of_the_run():
+            rank_zero_info(f"prompts and noise follow data.seed {self.seed}, the rest seed_everything")
 
     def check_sizes(self, ranks: int) -> None:
         """Refuse sizes that do not divide over this many ranks.
@@ -133,11 +166,14 @@ class RolloutDataModule(LightningDataModule):
         """A sized iterable, so that Lightning does not prefetch (a prefetched batch would be off-policy by one)."""
         return RolloutLoader(self._batches, self._length())
 
+    def _chunks(self) -> int:
+        """Forwards that this rank's rows of an iteration fill."""
+        assert self.trainer is not None
+        return self.prompts_per_iteration // self.trainer.world_size * self.group_size // self.batch_size
+
     def _length(self) -> int:
         """Batches of an iteration on this rank."""
-        assert self.trainer is not None
-        rows = self.prompts_per_iteration // self.trainer.world_size * self.group_size
-        return rows // self.batch_size * self.policy.batches_per_rollout()
+        return self._chunks() * self.policy.batches_per_rollout()
 
     def _batches(self) -> Iterator[StepBatch]:
         last = self._length() - 1
@@ -148,14 +184,33 @@ class RolloutDataModule(LightningDataModule):
 
     def draws(self) -> list[Draw]:
         """What this rank's forwards of the next iteration draw; nothing is encoded or sampled yet."""
-        assert self.trainer is not None
         prompts = self.mixture.draw(self.prompts_per_iteration, self.iteration, self.seed)
-        share = len(prompts) // self.trainer.world_size
-        first = self.trainer.global_rank * share
-        rows = [(group, sibling) for group in range(first, first + share) for sibling in range(self.group_size)]
+        rows = [(group, sibling) for group in self._groups() for sibling in range(self.group_size)]
         chunks = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
         trained = self.policy.sampler.draw_steps(f"{self.seed} {self.iteration}")  # alike for all rows and ranks
         return [Draw([prompts[group] for group, _ in chunk], self._noise(chunk), trained) for chunk in chunks]
+
+    def _groups(self) -> list[int]:
+        """This rank's prompts of the next iteration, by their place in the mixture's draw.
+
+        They are dealt in turns to the ranks, so that an update has the same prompts, each task by its share, for any
+        number of ranks that leaves every rank whole prompts per update. Within an update the tasks stay together.
+        """
+        assert self.trainer is not None
+        rank, ranks = self.trainer.global_rank, self.trainer.world_size
+        dealt = self.mixture.dealt(self.prompts_per_iteration, self.iteration)[rank::ranks]
+        size, rest = divmod(len(dealt), self._shares())
+        size = 1 if rest else size
+        return [group for i in range(0, len(dealt), size) for group in sorted(dealt[i : i + size])]
+
+    def _shares(self) -> int:
+        """Into how many parts updates divide this rank's prompts."""
+        assert self.trainer is not None
+        chunks, steps = self._chunks(), self.policy.batches_per_rollout()
+        updates = max(chunks * steps // self.trainer.accumulate_grad_batches, 1)
+        if self.policy.exchangeable and steps % updates == 0:  # each takes some batches of every rollout
+            return 1
+        return updates if chunks % updates == 0 else chunks
 
     def _noise(self, rows: Sequence[tuple[int, int]]) -> RowNoise:
         keys = [f"{self.seed} {self.iteration} {group} {sibling}" for group, sibling in rows]
@@ -239,3 +294,8 @@ class RolloutLoader:
 
     def __iter__(self) -> Iterator[Any]:
         return self.batches()
+
+
+def seed_of_the_run() -> int:
+    """What ``seed_everything`` was given; 0 where nobody said."""
+    return int(os.environ.get("PL_GLOBAL_SEED", 0))

@@ -42,7 +42,7 @@ class DriftMetrics(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if "drift" not in self.start:  # else a checkpoint remembers it
+        if "drift" not in self.start and data_of(trainer).evaluation_count:  # else a checkpoint remembers it
             self.start["drift"] = self._held_out(trainer, pl_module)
 
     @override

@@ -55,6 +55,8 @@ class ImageGrid(Callback):
         self.on_fit_end(trainer, pl_module)
 
     def _save(self, trainer: Trainer, models: dict[str, VelocityField], step: int = 0, name: str = "") -> None:
+        if not data_of(trainer).evaluation_count:
+            return
         policy, batch = policy_of(trainer.lightning_module), self._batch(trainer)
         images = {model: policy.draw(batch.prompts, batch.noise, field) for model, field in models.items()}
         if trainer.is_global_zero:

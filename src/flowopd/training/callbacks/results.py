@@ -34,11 +34,13 @@ class ResultsTable(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Score the student before its first update: the cold start."""
         policy = policy_of(pl_module)
-        if policy.start is not None and "cold-start" not in self.rows:
+        if policy.start is not None and "cold-start" not in self.rows and data_of(trainer).evaluation_count:
             self.rows["cold-start"] = evaluate(policy, policy.velocity, "cold-start")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Score everything else, and show the table."""
+        """Score everything else, and show the table; without held-out prompts there is none."""
+        if not data_of(trainer).evaluation_count:
+            return
         policy = on_device(trainer, pl_module)
         scored = {name: evaluate(policy, field, name) for name, field in models(policy).items()}
         student = scored.pop("student")

@@ -323,10 +323,13 @@ def test_a_stopped_server_leaves_no_process_and_its_client_goes_on(server, remot
 @pytest.mark.parametrize(
     ("words", "expected"),
     {
-        "class": (["--reward=flowopd.tiles.Crispnes"], "module 'flowopd.tiles' has no attribute 'Crispnes'"),
-        "no reward": (["--reward=flowopd.Prompt"], "flowopd.Prompt does not implement protocol Reward"),
-        "option": (["--reward=flowopd.tiles.Text", "--reward.strikt=1"], "Option 'strikt' is not accepted"),
-        "nothing": ([], "the following arguments are required: reward"),
+        "class": (["--reward=flowopd.tiles.Crispnes"], "flowopd.tiles has no 'Crispnes' (did you mean 'Crispness'?)"),
+        "no reward": (["--reward=flowopd.Prompt"], "flowopd.Prompt is not a Reward"),
+        "option": (
+            ["--reward=flowopd.tiles.Text", "--reward.strikt=1"],
+            "no option 'strikt' (did you mean 'strict'?)",
+        ),
+        "nothing": ([], "the command needs --reward"),
         "port": (
             ["--reward=flowopd.tiles.Text", "--port=80"],
             "port is 80; expected a whole number from 1024",
@@ -555,22 +558,22 @@ class Kill(Callback):
         self.figures.append({name: float(value) for name, value in trainer.callback_metrics.items()})
 
 
-@pytest.mark.parametrize("on_failure", ["nan", "raise"])
+ENDS = {"nan": (ValueError, "reward 'far' failed for all 8 pictures"), "raise": (ConnectionError, "got no score")}
+
+
+@pytest.mark.parametrize("on_failure", ENDS)
 @pytest.mark.parametrize("background", [False, True])
-def test_a_server_killed_mid_run_ends_it_before_silence_is_learned(tiny_pipeline, tmp_path, on_failure, background):
+def test_a_server_killed_mid_run_ends_it_in_a_sentence(tiny_pipeline, tmp_path, on_failure, background):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Scorer)
     Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     remote = client(f"http://127.0.0.1:{server.server_port}", on_failure=on_failure, batch_size=4)
     policy, kill = tiny.policy(GRPOTeacher, tiny_pipeline), Kill(server)
     reward = RewardCallback("far", remote, background=background)
     trainer = tiny.trainer(tmp_path, [reward, kill], max_epochs=2)
-    ends = {
-        "raise": pytest.raises(ConnectionError, match="got no score"),
-        "nan": pytest.raises(ValueError, match="reward 'far' failed for all 8 pictures that it was asked about"),
-    }
-    with ends[on_failure]:
+    error, sentence = ENDS[on_failure]
+    with pytest.raises(error, match=sentence):
         trainer.fit(policy, tiny.data())
-    assert "reward/far/failed" not in kill.figures[0]
-    assert kill.figures[0]["reward/far"] > 0
-    assert len(kill.figures) == 1
+    (figures,) = kill.figures
+    assert "reward/far/failed" not in figures
+    assert figures["reward/far"] > 0
     assert all(value.isfinite().all() for value in policy.student().tensors.values())

@@ -662,7 +662,7 @@ def test_the_verb_converts_and_refuses(tiny_tensors, tmp_path, monkeypatch, caps
     with pytest.raises(SystemExit) as refused:
         main()
     assert refused.value.code == 2
-    assert capsys.readouterr().err == "flowopd: error: the following arguments are required: out\n"
+    assert capsys.readouterr().err == "flowopd: error: the command needs --out\n"
 
 
 # --------------------------------------------------------------------------------------------------------- all together

@@ -6,6 +6,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from flowopd.core.ranges import within
 from flowopd.core.shown import Shown
 from flowopd.models import AdapterSource, Backbone
 from flowopd.models.adapters.lora import Adapter, adapter_names, attach
@@ -43,6 +44,7 @@ class LoRATeacher:
         self, path: str, subfolder: str | None = None, revision: str | None = None, guidance_scale: float | None = None
     ) -> None:
         self.source = AdapterSource(path, subfolder, revision)
+        within(0.0, 100.0, guidance_scale=guidance_scale)
         self.guidance_scale = 1.0 if guidance_scale is None else guidance_scale
         self._states_guidance = guidance_scale is not None
         self._backbone: Backbone | None = None
@@ -86,6 +88,7 @@ class BaseTeacher(Shown):
     """
 
     def __init__(self, guidance_scale: float | None = None) -> None:
+        within(0.0, 100.0, guidance_scale=guidance_scale)
         self.guidance_scale = 1.0 if guidance_scale is None else guidance_scale
         self._states_guidance = guidance_scale is not None
         self._backbone: Backbone | None = None
@@ -118,6 +121,7 @@ class FullTeacher(Shown):
 
     def __init__(self, backbone: Backbone, guidance_scale: float | None = None, device: str | None = None) -> None:
         self.backbone = backbone
+        within(0.0, 100.0, guidance_scale=guidance_scale)
         self.guidance_scale = 1.0 if guidance_scale is None else guidance_scale
         self._states_guidance = guidance_scale is not None
         self.device = device

@@ -14,7 +14,9 @@ from flowopd.prompts import Mixture
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 FILES = sorted([*(CONFIGS / "tiles").glob("*.yaml"), *(CONFIGS / "sd35").glob("*.yaml")])
+ABLATIONS = sorted((CONFIGS / "sd35" / "ablations").glob("*.yaml"))
 READ = {f"{path.parent.name}/{path.stem}": OmegaConf.load(path) for path in FILES if path.stem != "pretrain"}
+READ |= {f"sd35/opd+{path.stem}": OmegaConf.merge(READ["sd35/opd"], OmegaConf.load(path)) for path in ABLATIONS}
 TRAINED = [name for name, recipe in READ.items() if recipe.trainer.get("max_epochs")]
 every_trained_recipe = pytest.mark.parametrize("name", TRAINED)
 
@@ -75,3 +77,90 @@ def test_batches_of_any_size_make_the_updates_that_the_recipe_says(name):
     for size in (data.batch_size, data.batch_size // 2, data.batch_size // 4):
         chunks, rest = divmod(data.prompts_per_iteration * data.get("group_size", 1), size)
         assert rest == chunks * steps % recipe.updates_per_iteration == 0
+
+
+# ------------------------------------------------------------------------------------------------------- one difference
+
+
+def leaves(node, place=""):
+    """Every value of a recipe by its place; callbacks go by class and number."""
+    if isinstance(node, dict):
+        return {key: value for name, child in node.items() for key, value in leaves(child, f"{place}.{name}").items()}
+    if isinstance(node, list) and node and isinstance(node[0], dict):
+        named = {
+            f"{one['class_path']} {one.get('init_args', {}).get('name', '')}{i}": one for i, one in enumerate(node)
+        }
+        return leaves(named, place)
+    return {place.removeprefix("."): node}
+
+
+def differences(one, other):
+    """Places whose values differ."""
+    first, second = (leaves(OmegaConf.to_container(READ[name], resolve=False)) for name in (one, other))
+    return {place for place in first.keys() | second.keys() if first.get(place) != second.get(place)}
+
+
+@pytest.mark.parametrize("world", ["tiles", "sd35"])
+def test_opd_without_mar_differs_from_opd_by_the_anchor_alone(world):
+    opd, plain = (OmegaConf.to_container(READ[f"{world}/{name}"], resolve=False) for name in ("opd", "opd_no_mar"))
+    anchored = opd["model"]["init_args"]["objective"]
+    assert anchored["class_path"] == "flowopd.core.Anchored"
+    opd["model"]["init_args"]["objective"] = anchored["init_args"]["objective"]
+    callbacks = opd["trainer"]["callbacks"]
+    anchors = [one for one in callbacks if one["class_path"] == "flowopd.AnchorCallback"]
+    assert len(anchors) == 1
+    callbacks.remove(anchors[0])
+    opd["trainer"]["default_root_dir"] = plain["trainer"]["default_root_dir"]
+    assert opd == plain
+
+
+ONE_DIFFERENCE = {
+    ("tiles/opd", "tiles/opd_full"): {
+        "model.init_args.objective.init_args.strength",
+        "trainer.max_epochs",
+        "trainer.check_val_every_n_epoch",
+        "trainer.callbacks.flowopd.ImageGrid 9.init_args.every",
+    },
+    ("sd35/opd", "sd35/opd+sft"): {
+        "model.init_args.start",
+        "model.init_args.start.class_path",
+        "model.init_args.start.init_args.adapters",
+    },
+    ("sd35/opd", "sd35/opd+paper"): {
+        "updates_per_iteration",
+        "model.init_args.objective.init_args.objective.class_path",
+        "data.init_args.prompts_per_iteration",
+        "data.init_args.group_size",
+        "data.init_args.fused",
+    },
+    ("sd35/teacher_deqa", "sd35/teacher_pickscore"): {
+        "model.init_args.objective.init_args.strength",
+        "data.init_args.prompts",
+        "data.init_args.evaluation_prompts",
+        "trainer.callbacks",
+    },
+}
+
+
+@pytest.mark.parametrize("pair", ONE_DIFFERENCE, ids=" and ".join)
+def test_recipes_that_claim_to_differ_in_something_differ_in_that_alone(pair):
+    claimed = ONE_DIFFERENCE[pair]
+    for place in differences(*pair) - {"trainer.default_root_dir"}:
+        assert any(place == one or place.startswith(f"{one}.") for one in claimed), f"{place} differs too"
+
+
+@pytest.mark.parametrize("world", ["tiles", "sd35"])
+def test_every_recipe_of_a_world_has_one_backbone_and_what_is_compared_one_grid(world):
+    recipes = {name: recipe.model.init_args for name, recipe in READ.items() if name.startswith(f"{world}/")}
+    assert len({str(options.backbone) for options in recipes.values()}) == 1
+    grids = [options.sampler.init_args for options in recipes.values()]
+    assert len({grid.get("eval_steps", grid.num_steps) for grid in grids}) == 1
+    students = [options.sampler for name, options in recipes.items() if name.startswith(f"{world}/opd")]
+    assert len({str(sampler) for sampler in students}) == 1
+
+
+def test_the_readme_of_configs_names_every_config():
+    told = (CONFIGS / "README.md").read_text()
+    for path in CONFIGS.rglob("*.yaml"):
+        name = path.relative_to(CONFIGS).with_suffix("").as_posix()
+        assert f"`{name}`" in told or f"`{path.stem}`" in told or f"`_{path.stem.split('_')[-1]}`" in told, name

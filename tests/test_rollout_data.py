@@ -206,7 +206,7 @@ def test_an_accumulation_that_changes_must_divide_too(fit):
         {"callbacks": [Timer(timedelta(hours=1), interval="epoch")]},
         {"callbacks": [GradientAccumulationScheduler({0: 6, 1: 2})]},
     ],
-    ids=str,
+    ids=["batches", "validation", "steps", "timer", "accumulation"],
 )
 def test_limits_that_leave_iterations_whole_are_meant(fit, options):
     fit(**options)

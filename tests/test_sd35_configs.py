@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 import yaml
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from flowopd.cli import run as command_line
@@ -17,12 +18,13 @@ from flowopd.records import Prompt
 from flowopd.training import FlowPolicy
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "sd35"
-RECIPES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+ABLATIONS = [f"opd+{path.stem}" for path in sorted((CONFIGS / "ablations").glob("*.yaml"))]
+RECIPES = sorted(path.stem for path in CONFIGS.glob("*.yaml")) + ABLATIONS
 OVERLAYS = sorted(path.stem for path in (CONFIGS / "hardware").glob("*.yaml"))
 WANTED = (
-    "teacher_geneval teacher_ocr teacher_pickscore teacher_deqa grpo_mix cold_start_merge cold_start_sft opd opd_sft"
+    "teacher_geneval teacher_ocr teacher_pickscore teacher_deqa grpo_mix cold_start_merge cold_start_sft opd opd_no_mar"
 )
-WANTED += " opd_no_mar opd_released opd_paper evaluate"
+WANTED += " opd+sft opd+released opd+paper evaluate"
 RANKS = {"24gb": 1, "1x80gb": 1, "8x80gb_fsdp": 8, "multinode": 16}
 STUB = {"class_path": "test_sd35_configs.Redness"}
 
@@ -57,17 +59,16 @@ def workplace(tmp_path, monkeypatch):
 
 @pytest.fixture
 def config(pipeline, adapters):
-    """Write a copy of a recipe with a tiny pipeline, tiny adapters and rewards without weights."""
+    """Write a copy of ``opd`` or ``opd+paper`` with a tiny pipeline, tiny adapters and rewards without weights."""
 
-    def write(name: str, stub: bool = True) -> str:
+    def write(name: str, stub: bool = True) -> list[str]:
+        name, _, ablation = name.partition("+")
         content = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
         options = content["model"]["init_args"]
         options["backbone"]["init_args"] = {"path": pipeline, "dtype": "float32", "max_sequence_length": 0}
         for holder in (options.get("start"), options.get("strategy")):
             if isinstance(holder, dict) and "adapters" in holder.get("init_args", {}):
                 holder["init_args"]["adapters"] = [adapters[path] for path in holder["init_args"]["adapters"]]
-        if isinstance(options.get("start"), str):
-            options["start"] = next(iter(adapters.values()))
         for source in sources(content["data"]["init_args"]):
             if source["class_path"] == "flowopd.PromptFile":
                 source["init_args"]["path"] = "prompts.txt"
@@ -83,9 +84,24 @@ def config(pipeline, adapters):
             if stub and "reward" in given:
                 given["reward"] = STUB
         Path(f"{name}.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
-        return f"{name}.yaml"
+        words = ["--config", f"{name}.yaml"]
+        if ablation:
+            overlay = yaml.safe_load((CONFIGS / "ablations" / f"{ablation}.yaml").read_text())
+            if isinstance(overlay["model"]["init_args"].get("start"), str):
+                overlay["model"]["init_args"]["start"] = next(iter(adapters.values()))
+            Path(f"{ablation}.yaml").write_text(yaml.safe_dump(overlay, sort_keys=False))
+            words += ["--config", f"{ablation}.yaml"]
+        return words
 
     return write
+
+
+def merged(name: str) -> dict:
+    """A recipe, and the ablation after the plus sign laid over it."""
+    name, _, ablation = name.partition("+")
+    recipe = OmegaConf.load(CONFIGS / f"{name}.yaml")
+    parts = [OmegaConf.load(CONFIGS / "ablations" / f"{ablation}.yaml")] if ablation else []
+    return OmegaConf.to_container(OmegaConf.merge(recipe, *parts), resolve=False)
 
 
 def sources(data: dict) -> list[dict]:
@@ -118,20 +134,20 @@ CPU = ["--trainer.accelerator", "cpu", "--trainer.precision", "32-true", "--trai
 
 
 def test_every_recipe_and_every_overlay_that_was_promised_is_there():
-    assert sorted(WANTED.split()) == RECIPES
+    assert sorted(WANTED.split()) == sorted(RECIPES)
     assert sorted(RANKS) == OVERLAYS
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_builds_with_its_own_rewards(name, config, built):
     pytest.importorskip("rapidocr")
-    cli = built("test" if name == "evaluate" else "fit", "--config", config(name, stub=False), *CPU)
+    cli = built("test" if name == "evaluate" else "fit", *config(name, stub=False), *CPU)
     assert isinstance(cli.model, FlowPolicy)
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_every_overlay_builds_on_the_main_recipe(overlay, config, built):
-    cli = built("fit", "--config", config("opd"), "--config", str(CONFIGS / "hardware" / f"{overlay}.yaml"), *CPU)
+    cli = built("fit", *config("opd"), "--config", str(CONFIGS / "hardware" / f"{overlay}.yaml"), *CPU)
     assert cli.trainer.num_devices * cli.trainer.num_nodes == RANKS[overlay]
     assert cli.model.backbone.activation_checkpointing == (overlay == "24gb")
     chunks = 128 // RANKS[overlay] // cli.datamodule.batch_size
@@ -141,7 +157,7 @@ def test_every_overlay_builds_on_the_main_recipe(overlay, config, built):
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_sizes_divide_on_every_hardware(name, overlay):
-    recipe = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    recipe = merged(name)
     changes = yaml.safe_load((CONFIGS / "hardware" / f"{overlay}.yaml").read_text()).get("data", {"init_args": {}})
     data = {"prompts_per_iteration": 16, "group_size": 1, "batch_size": 16} | recipe["data"]["init_args"]
     data |= changes["init_args"]
@@ -155,7 +171,7 @@ def test_sizes_divide_on_every_hardware(name, overlay):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes_say_what_the_sources_say(name):
-    content = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    content = merged(name)
     model, data = content["model"]["init_args"], content["data"]["init_args"]
     sampler = model["sampler"]["init_args"]
     assert (sampler["num_steps"], sampler["eval_steps"]) == (10, 40)
@@ -171,7 +187,7 @@ def test_recipes_say_what_the_sources_say(name):
 
 def test_the_levels_of_sft_are_those_of_the_released_code(config, built):
     """An index from logit-normal(0, 1) into SD3's shifted training levels."""
-    strategy = built("fit", "--config", config("cold_start_sft"), *CPU).model.strategy
+    strategy = built("fit", *config("cold_start_sft"), *CPU).model.strategy
     normal = torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64))
     shifted = 3 * torch.sigmoid(normal) / (1 + 2 * torch.sigmoid(normal))
     ours = torch.sigmoid(strategy.sigma_mean + strategy.sigma_std * normal)
@@ -195,8 +211,8 @@ CHANGES = {
     "cold_start_merge": UNTRAINED,
     "evaluate": UNTRAINED,
     "grpo_mix": SIBLINGS | {"data.init_args.prompts_per_iteration": 5},
-    "opd_paper": SIBLINGS,
-    "opd_released": SIBLINGS,
+    "opd+paper": SIBLINGS,
+    "opd+released": SIBLINGS,
     "cold_start_sft": {"data.init_args.batch_size": 2},
 } | {name: SIBLINGS for name in RECIPES if name.startswith("teacher_")}
 
@@ -208,13 +224,13 @@ def options(name: str) -> list[str]:
     return [word for key, value in values.items() if value is not None for word in (f"--{key}", str(value))]
 
 
-ALIKE = {"opd_sft", "opd_no_mar", "teacher_ocr", "teacher_pickscore", "teacher_deqa"}  # run by `pytest -m slow`
+ALIKE = {"opd+sft", "opd_no_mar", "teacher_ocr", "teacher_pickscore", "teacher_deqa"}  # run by `pytest -m slow`
 RUNS = [pytest.param(name, marks=pytest.mark.slow) if name in ALIKE else name for name in RECIPES]
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_every_recipe_runs_two_steps(name, config, flowopd):
-    flowopd("test" if name == "evaluate" else "fit", "--config", config(name), *CPU, *options(name))
+    flowopd("test" if name == "evaluate" else "fit", *config(name), *CPU, *options(name))
     models = [line.split("|")[1].strip() for line in Path("run/results.md").read_text().splitlines()[2:]]
     assert models[0] == "base"
     assert models[-1] == "student"

@@ -174,7 +174,7 @@ def test_a_merge_writes_its_report(cold_start, tiny_pipeline, tmp_path, capsys):
     assert capsys.readouterr().out.count("kept") == 1
     assert (tmp_path / "run" / "adapter" / WEIGHTS).is_file()
     assert read_adapter(str(tmp_path / "run" / "adapter")).fingerprint() == merge.adapter().fingerprint()
-    assert "method=factors" in (tmp_path / "run" / "adapter" / "README.md").read_text()
+    assert "method='factors'" in (tmp_path / "run" / "adapter" / "README.md").read_text()
 
 
 def test_a_student_that_starts_from_a_merge_can_report_it_too(tiny_pipeline, tmp_path, capsys):

@@ -225,7 +225,7 @@ def test_the_first_iterations_may_not_explode_either(last):
     assert alarms("distill/velocity_mse", [last])[:1] == ([0] if not math.isfinite(last) else [])
 
 
-@pytest.mark.parametrize("options", [{"growth": 1.0}, {"warm_up": 0}, {"log_ratio": 0.0}, {"limits": {"a": math.nan}}])
+@pytest.mark.parametrize("options", [{"growth": 1.0}, {"warm_up": 0}, {"log_ratio": -1.0}, {"limits": {"a": math.nan}}])
 def test_limits_that_are_none_are_refused(options):
     with pytest.raises(ValueError, match=r"expected a(t least| )"):
         Guard(**options)

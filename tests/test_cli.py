@@ -19,6 +19,7 @@ from flowopd.cli import run as command_line
 from flowopd.cli.main import main
 from flowopd.models.adapters.files import read_adapter
 from flowopd.tiles import asset
+from flowopd.training.ranks.strategies import FSDP2
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 ADAPTERS = ("teacher_composition", "teacher_text", "teacher_crispness", "student")
@@ -111,8 +112,7 @@ def refusal(flowopd, capsys):
         assert len(sentences) == 1
         assert errors.rstrip().endswith(sentences[0])
         assert "Traceback" not in errors
-        assert not list(Path().glob("run*/checkpoints/*"))
-        assert not list(Path().glob("run*/adapter"))
+        assert not list(Path().glob("run*"))  # no folder is left
         return sentences[0].removeprefix("flowopd: error: ")
 
     return refused
@@ -166,7 +166,9 @@ WORDS = {
     "ckpt_path": ("nowhere.ckpt", "^checkpoint 'nowhere.ckpt' does not exist"),
     "checkpoint_every": ("0", "checkpoint_every"),
     "config": ("nowhere.yaml", "File does not exist: .*nowhere.yaml"),
-    "trainer.strategy": ("fsdp", "^strategy 'fsdp' is not supported: .*; use fsdp2 to shard, or ddp$"),
+    "trainer.strategy": ("fsdp_cpu_offload", "^strategy 'fsdp_cpu_offload' is not supported: .*; use fsdp2 to shard"),
+    "trainer.devices": ("[0,3]", "^trainer.*devices"),
+    "trainer.default_root_dir": ("opd.yaml/run", r"^run folder opd.yaml/run cannot be made: .*opd.yaml is a file"),
 }
 
 
@@ -174,6 +176,14 @@ WORDS = {
 def test_a_mistake_on_the_command_line_is_one_sentence(config, refusal, option):
     value, expected = WORDS[option]
     assert re.search(expected, refusal("fit", "--config", config(), *small(), f"--{option}", value))
+
+
+def test_fsdp_means_ours_and_one_line_says_so(config, flowopd, capsys, monkeypatch):
+    built = []
+    monkeypatch.setattr(command_line.LightningCLI, "_run_subcommand", lambda cli, _: built.append(cli.trainer))
+    flowopd("fit", "--config", config(), *small({"trainer.strategy": "fsdp"}))
+    assert isinstance(built[0].strategy, FSDP2)
+    assert capsys.readouterr().out.count("strategy fsdp: runs as fsdp2") == 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -332,15 +342,15 @@ def test_a_run_that_goes_on_changes_no_bit(bare_opd, flowopd):
     exported = [Path(run, "adapter", "adapter_model.safetensors").read_bytes() for run in ("once", "run")]
     assert exported[0] == exported[1]
     assert not Path("run-2").exists()
-    assert Path("run/metrics-2.csv").exists()
+    logs = [Path(run, "metrics.csv").read_text() for run in ("once", "run")]
+    assert logs[0] == logs[1]
 
 
 def test_a_teacher_that_changed_is_refused(config, flowopd, capsys):
     flowopd("fit", "--config", config(), *small(QUICK, {"trainer.max_epochs": "1"}))
     tiny.expert(Path("swapped"), str(asset("base")), seed=9)
     text = Path("run/config.yaml").read_text()
-    path = re.search(r"path: (\S*/teacher_crispness)", text)[1]
-    Path("swapped.yaml").write_text(text.replace(path, "./swapped"))
+    Path("swapped.yaml").write_text(re.sub(r"path: \S*/teacher_crispness", "path: ./swapped", text))
     with pytest.raises(SystemExit):
         flowopd("fit", "--config", "swapped.yaml", "--ckpt_path", "run/checkpoints/last.ckpt", "--trainer.max_epochs=2")
     assert "flowopd: error: AnchorCallback changed since the checkpoint: its fingerprint" in capsys.readouterr().err
@@ -356,10 +366,17 @@ def test_the_last_iteration_is_saved_with_what_was_trained(bare_opd, flowopd):
     assert differing  # the average is exported, the trained weights are kept
 
 
-def test_an_interrupted_run_says_how_to_go_on(bare_opd):
+def iterations_logged() -> int:
+    if not Path("run/metrics.csv").exists():
+        return 0
+    with Path("run/metrics.csv").open(newline="") as file:
+        return sum(bool(row.get("distill/loss")) for row in csv.DictReader(file))
+
+
+def test_an_interrupted_run_says_how_to_go_on_and_has_saved_what_was_done(bare_opd):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "flowopd"]
-    words = small(QUICK, {"trainer.max_epochs": "10000", "checkpoint_every": "1"})
+    words = small(QUICK, {"trainer.max_epochs": "10000", "checkpoint_every": "10000"})
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a child of a background shell would ignore it
     run = subprocess.Popen(
         [*command, "fit", "--config", bare_opd, *words],
@@ -370,7 +387,7 @@ def test_an_interrupted_run_says_how_to_go_on(bare_opd):
     )
     signal.signal(signal.SIGINT, before)
     deadline = time.monotonic() + 60
-    while not Path("run/checkpoints/last.ckpt").exists() and run.poll() is None and time.monotonic() < deadline:
+    while not iterations_logged() and run.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
     run.send_signal(signal.SIGINT)
     try:
@@ -382,6 +399,7 @@ def test_an_interrupted_run_says_how_to_go_on(bare_opd):
     last = Path("run/checkpoints/last.ckpt")
     go_on = re.search(rf"go on with: flowopd (fit --config run/config.yaml --ckpt_path {last})\n", output)
     done = torch.load("run/checkpoints/last.ckpt", weights_only=True)["RolloutDataModule"]["iteration"]
+    assert done == iterations_logged()  # nothing that was done is lost, though no checkpoint was due
     Path("run/config.yaml").write_text(
         Path("run/config.yaml").read_text().replace("max_epochs: 10000", f"max_epochs: {done + 1}")
     )

@@ -20,7 +20,10 @@ from flowopd.cli.sentences import meant
 from flowopd.teachers import LoRATeacher
 from flowopd.training import EMA, ImageGrid, OPDStudent, PictureFolder, RewardCallback, TeacherCallback
 from flowopd.training.callbacks.checkpoints import Checkpoints
-from flowopd.training.ranks.lifecycle import OrderlyEnd, SharedFolder, WholeCheckpoints, check_launch, is_first, plugins
+from flowopd.training.callbacks.folder import RunFolder
+from flowopd.training.ranks import threads
+from flowopd.training.ranks.lifecycle import OrderlyEnd, WholeCheckpoints, check_launch, is_first, plugins
+from flowopd.training.ranks.threads import CHOSEN, Threads
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -33,11 +36,6 @@ def expert(tiny_pipeline, tmp_path_factory):
 @pytest.fixture
 def opd(tiny_pipeline):
     return partial(tiny.policy, OPDStudent, tiny_pipeline, optimizer=partial(torch.optim.AdamW, lr=1e-2))
-
-
-def saving(folder: Path) -> Checkpoints:
-    options = {"every_n_epochs": 1, "save_on_train_epoch_end": True, "save_last": "link"}
-    return Checkpoints(dirpath=folder, filename="{epoch}", enable_version_counter=False, **options)
 
 
 def teach(expert: str) -> TeacherCallback:
@@ -54,7 +52,7 @@ def flat(policy) -> torch.Tensor:
 def test_every_rank_works_in_the_folder_of_rank_zero(opd, tmp_path):
     def predict():
         folder = tmp_path / f"chosen by {os.environ['RANK']}"
-        trainer = tiny.trainer(folder, [SharedFolder(), PictureFolder()], strategy="ddp", devices=2)
+        trainer = tiny.trainer(folder, [RunFolder(folder), PictureFolder()], strategy="ddp", devices=2)
         trainer.predict(opd(), datamodule=tiny.data(), return_predictions=False)
         assert trainer.default_root_dir == str(tmp_path / "chosen by 0")
 
@@ -95,7 +93,7 @@ class Asks(Callback):
 def test_a_signal_to_one_rank_ends_the_iteration_of_all_and_saves_it(opd, expert, tmp_path):
     def fit():
         before = signal.getsignal(signal.SIGUSR1)
-        callbacks = [teach(expert), OrderlyEnd(), Asks(), saving(tmp_path)]
+        callbacks = [teach(expert), OrderlyEnd(), Asks(), Checkpoints(1)]
         ranks = {"strategy": "ddp", "devices": 2, "enable_checkpointing": True}
         trainer = tiny.trainer(tmp_path, callbacks, max_epochs=50, **ranks)
         trainer.fit(opd(), tiny.data())
@@ -103,7 +101,7 @@ def test_a_signal_to_one_rank_ends_the_iteration_of_all_and_saves_it(opd, expert
         assert signal.getsignal(signal.SIGUSR1) == before
 
     run_ranks(fit)
-    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["RolloutDataModule"]["iteration"] == 2
+    assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["RolloutDataModule"]["iteration"] == 2
 
 
 def test_under_slurm_nothing_is_saved_inside_of_a_signal(monkeypatch):
@@ -129,12 +127,39 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(opd, expert, tmp_pat
 
     monkeypatch.setattr(torch_io, "_atomic_save", half)
     options = {"max_epochs": 3, "enable_checkpointing": True, "plugins": [WholeCheckpoints()]}
-    trainer = tiny.trainer(tmp_path, [teach(expert), saving(tmp_path)], **options)
-    with pytest.raises(OSError, match=r"^checkpoint .*epoch=1.ckpt could not be written .*No space left") as failed:
+    trainer = tiny.trainer(tmp_path, [teach(expert), Checkpoints(1)], **options)
+    with pytest.raises(OSError, match=r"^checkpoint .*last.ckpt could not be written .*No space left") as failed:
         trainer.fit(opd(), tiny.data())
     assert meant(failed.value) is failed.value  # so the command line says this sentence alone
-    assert sorted(path.name for path in tmp_path.glob("*.ckpt*")) == ["epoch=0.ckpt", "last.ckpt"]
-    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["RolloutDataModule"]["iteration"] == 1
+    assert [path.name for path in tmp_path.glob("checkpoints/*")] == ["last.ckpt"]
+    assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["RolloutDataModule"]["iteration"] == 1
+
+
+# ---------------------------------------------------------------------------------------------------------- the threads
+
+
+@pytest.mark.parametrize("chosen", [None, "2"])
+@pytest.mark.parametrize("stage", ["fit", "test"])
+def test_a_small_network_runs_in_one_thread_unless_somebody_chose(opd, expert, tmp_path, monkeypatch, stage, chosen):
+    """And the process has as many as before when the run is over."""
+    for name in CHOSEN:
+        monkeypatch.delenv(name, raising=False)
+    if chosen is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", chosen)
+    set_to: list[int] = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    monkeypatch.setattr(torch, "set_num_threads", set_to.append)
+    trainer = tiny.trainer(tmp_path, [teach(expert), RewardCallback("red", tiny.Brightness()), Threads()])
+    getattr(trainer, stage)(opd(), datamodule=tiny.data())
+    assert set_to == ([1, 7] if chosen is None else [])
+
+
+def test_a_larger_network_keeps_its_threads(opd, expert, tmp_path, monkeypatch):
+    for name in CHOSEN:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(threads, "SMALL", 1000)
+    monkeypatch.setattr(torch, "set_num_threads", None)
+    tiny.trainer(tmp_path, [teach(expert), Threads()]).fit(opd(), tiny.data())
 
 
 # ---------------------------------------------------------------------------------------------------------- the average
@@ -144,9 +169,9 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(opd, expert, tmp_pat
 def trained(opd, expert, tmp_path):
     """A student whose parameters are its average, as the end of a fit leaves it; and its last checkpoint."""
     policy = opd()
-    callbacks = [teach(expert), EMA(0.9), saving(tmp_path)]
+    callbacks = [teach(expert), EMA(0.9), Checkpoints(1)]
     tiny.trainer(tmp_path, callbacks, enable_checkpointing=True).fit(policy, tiny.data())
-    return policy, tmp_path / "last.ckpt"
+    return policy, tmp_path / "checkpoints" / "last.ckpt"
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
@@ -210,4 +235,4 @@ def test_torchrun_starts_sharded_ranks_that_share_a_folder(tmp_path):
     second = subprocess.run([*command, *go_on], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert second.returncode == 0, second.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
-    assert (tmp_path / "run" / "metrics-2.csv").exists()
+    assert not list(tmp_path.glob("run/metrics-*.csv"))

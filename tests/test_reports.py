@@ -14,6 +14,7 @@ from flowopd.training import (
     EMA,
     AdapterExport,
     AnchorCallback,
+    DriftMetrics,
     ImageGrid,
     OPDStudent,
     Progress,
@@ -21,6 +22,7 @@ from flowopd.training import (
     RewardCallback,
     TeacherCallback,
 )
+from flowopd.training.callbacks.results import evaluate
 
 
 @pytest.fixture
@@ -50,10 +52,32 @@ def test_a_student_that_stays_at_its_teacher_scores_as_its_teacher(tiny_pipeline
     assert (tmp_path / "results.md").read_text().startswith("| model | red | average |")
 
 
-def test_the_table_agrees_with_the_evaluation(tiny_pipeline, tmp_path, expert):
+class Scores(ResultsTable):
+    """Keeps the table to all its digits."""
+
+    def on_fit_end(self, trainer, pl_module):
+        super().on_fit_end(trainer, pl_module)
+        self.student = evaluate(pl_module, pl_module.velocity, "student")
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_the_table_agrees_with_the_evaluation(tiny_pipeline, tmp_path, expert, precision):
+    """To the bit, in whichever precision: one computation for both, before, in, and after the training."""
+    policy, scores = tiny.policy(OPDStudent, tiny_pipeline, start=expert, lr=0.0), Scores()
+    trainer = fit(tmp_path, policy, expert, scores, limit_val_batches=1.0, precision=precision)
+    seen = float(trainer.callback_metrics["val/red"])
+    assert scores.rows["cold-start"]["red"] == scores.student["red"] == pytest.approx(seen, abs=1e-7)
+    assert table(tmp_path)["student"]["red"] == f"{seen:.3f}"
+
+
+def test_the_drift_starts_at_nothing(tiny_pipeline, tmp_path, expert):
+    """A policy that stays where it is has not drifted, in half precision either."""
     policy = tiny.policy(OPDStudent, tiny_pipeline, start=expert, lr=0.0)
-    trainer = fit(tmp_path, policy, expert, ResultsTable(), limit_val_batches=1.0)
-    assert table(tmp_path)["student"]["red"] == f"{trainer.callback_metrics['val/red']:.3f}"
+    drift = DriftMetrics(prompts_per_task=2)
+    trainer = fit(tmp_path, policy, expert, drift, limit_val_batches=1.0, precision="bf16-mixed")
+    changes = {name: float(v) for name, v in trainer.callback_metrics.items() if name.endswith("_change")}
+    assert changes
+    assert set(changes.values()) == {0.0}
 
 
 def test_models_are_drawn_where_they_were_trained(tiny_pipeline, tmp_path, expert, monkeypatch):

@@ -1,36 +1,39 @@
-"""Where a run keeps what it makes."""
+"""Checkpoints as they are named on the command line."""
 
 from __future__ import annotations
 
+import os
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import torch
+
+from flowopd.training.ranks.folders import CHECKPOINTS
 
 
-def keep_aside(file: Path) -> None:
-    """Move an earlier file of a run that goes on out of the way."""
-    if file.exists():
-        file.rename(next(path for path in numbered(file) if not path.exists()))
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint, mapped from the disk.
 
-
-def numbered(path: Path) -> Iterator[Path]:
-    """``run``, ``run-2``, ``run-3``, …."""
-    yield path
-    for number in range(2, 10_000):
-        yield path.with_name(f"{path.stem}-{number}{path.suffix}")
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not one of a run.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"checkpoint {str(path)!r} does not exist")
+    content: Any = None
+    if path.is_file() and zipfile.is_zipfile(path):
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except Exception:  # whatever torch finds in it, it is none of ours
+            content = None
+    if not isinstance(content, dict) or not {"state_dict", "loops", "global_step"} <= content.keys():
+        raise ValueError(f"checkpoint {str(path)!r} is not one of lightning; expected <run>/checkpoints/last.ckpt")
+    return content
 
 
 def folder_of(checkpoint: Path) -> Path:
-    """The run folder of a checkpoint.
-
-    Raises:
-        FileNotFoundError: if there is no such checkpoint.
-        ValueError: if it is not one of lightning.
-    """
-    if not checkpoint.exists():
-        raise FileNotFoundError(f"checkpoint {str(checkpoint)!r} does not exist")
-    if checkpoint.is_file() and not zipfile.is_zipfile(checkpoint):
-        raise ValueError(
-            f"checkpoint {str(checkpoint)!r} is not one of lightning; expected <run>/checkpoints/last.ckpt"
-        )
-    return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
+    """The run folder of a checkpoint, wherever the command is given."""
+    home = checkpoint.absolute().parent
+    run = home.parent if home.name == CHECKPOINTS else home
+    return run if checkpoint.is_absolute() else Path(os.path.relpath(run))

@@ -3,10 +3,14 @@
 The first help text answers without importing torch.
 """
 
+import os
+import signal
 import sys
 from argparse import ArgumentError
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
+from typing import Any
 
 LIGHTNING = ("fit", "validate", "test", "predict")
 
@@ -54,12 +58,24 @@ def main() -> None:
     elif arguments[0] in TOOLS:
         _use(TOOLS[arguments[0]])
     elif arguments[0] in VERBS:
-        _function(RUNS.get(arguments[0], "flowopd.cli.run:run"))()
+        run = _function(RUNS.get(arguments[0], "flowopd.cli.run:run"))
+        before = signal.signal(signal.SIGTERM, terminate)
+        try:
+            run()
+        except KeyboardInterrupt:
+            raise SystemExit("interrupted") from None
+        finally:
+            signal.signal(signal.SIGTERM, before)
     else:
         from flowopd.core.names import perhaps
 
         verb = arguments[0][:40]
         _refuse(f"there is no verb {verb!r}{perhaps(verb, VERBS)}; expected one of {', '.join(VERBS)}")
+
+
+def terminate(*_: Any) -> None:
+    """Answer SIGTERM: end, after whatever a run does when it is stopped."""
+    raise SystemExit(128 + signal.SIGTERM)
 
 
 def _use(tool: str) -> None:
@@ -76,8 +92,28 @@ def _use(tool: str) -> None:
 
 def _function(path: str) -> Callable[[], None]:
     module, _, name = path.partition(":")
-    function: Callable[[], None] = getattr(import_module(module), name)
+    with _leaving_at_once():
+        function: Callable[[], None] = getattr(import_module(module), name)
     return function
+
+
+@contextmanager
+def _leaving_at_once() -> Iterator[None]:
+    """End at a signal on the spot: nothing is begun yet, and an exception could land anywhere in what is imported."""
+    before = {}
+    for signum, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
+        if signal.getsignal(signum) is handler:  # a child of a background shell ignores Ctrl-C
+            before[signum] = signal.signal(signum, _leave)
+    try:
+        yield
+    finally:
+        for signum, earlier in before.items():
+            signal.signal(signum, earlier)
+
+
+def _leave(signum: int, *_: Any) -> None:
+    os.write(2, b"interrupted before anything was done\n")
+    os._exit(128 + signum)
 
 
 def _refuse(sentence: str) -> None:

@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,18 @@ from diffusers.utils.logging import disable_progress_bar as hide_diffusers_bars
 from jsonargparse.typing import PositiveInt
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import callbacks
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.loggers.logger import DummyLogger
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from transformers.utils.logging import disable_progress_bar as hide_transformers_bars
+from typing_extensions import override
 
-from flowopd.cli.folders import folder_of, keep_aside, numbered
+from flowopd.cli.folders import folder_of, read_checkpoint
+from flowopd.cli.resume import check_changes, settings
 from flowopd.cli.sentences import meant, sentence_of
 from flowopd.preflight.check import SelfCheck
 from flowopd.preflight.check import check as check_run
@@ -34,11 +39,15 @@ from flowopd.preflight.plan import plan as make_plan
 from flowopd.preflight.tables import show_plan
 from flowopd.tiles import asset
 from flowopd.training import AdapterExport, FlowPolicy, PictureFolder, Progress, RolloutDataModule
-from flowopd.training.callbacks.checkpoints import Checkpoints, Farewell
+from flowopd.training.callbacks.checkpoints import Checkpoints
+from flowopd.training.callbacks.folder import CONFIG, RunFolder
 from flowopd.training.callbacks.guard import Guard
+from flowopd.training.callbacks.log import MetricsFile
 from flowopd.training.callbacks.results import MergeReport
-from flowopd.training.ranks.lifecycle import OrderlyEnd, SharedFolder, check_launch, is_first, plugins
+from flowopd.training.ranks.folders import check_place
+from flowopd.training.ranks.lifecycle import OrderlyEnd, check_launch, is_first, plugins
 from flowopd.training.ranks.strategies import check_name
+from flowopd.training.ranks.threads import Threads
 from flowopd.training.signals import signals_among
 
 
@@ -50,6 +59,11 @@ class FlowCLI(LightningCLI):
     """``flowopd fit | validate | test | predict``: any module and data module by ``class_path``."""
 
     refusal = "flowopd: error"
+    verb: str | None = None
+    """Whose words are read; default: those of the verb that was given."""
+
+    _changes = ""
+    """What a run that goes on does otherwise than before."""
 
     def __init__(self) -> None:
         options = {"parser_mode": "omegaconf+", "allow_abbrev": False, "exit_on_error": False}
@@ -59,11 +73,16 @@ class FlowCLI(LightningCLI):
             subclass_mode_model=True,
             subclass_mode_data=True,
             auto_configure_optimizers=False,
-            save_config_kwargs={"overwrite": True},
+            save_config_callback=None,
             seed_everything_default=0,
             trainer_defaults={"num_sanity_val_steps": 0, "log_every_n_steps": 1, "enable_model_summary": False},
             parser_kwargs={"prog": "flowopd", **options, **{name: options for name in self.subcommands()}},
         )
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        words = sys.argv[1:]
+        self.config = parser.parse_args([self.verb, *words[1:]] if self.verb else words)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """What a run has besides a model, data and a trainer."""
@@ -77,11 +96,17 @@ class FlowCLI(LightningCLI):
             help="optimiser steps per iteration, whatever batches and ranks: sets trainer.accumulate_grad_batches",
         )
 
+    @override
     def before_instantiate_classes(self) -> None:
-        """Pictures go to files, not to memory."""
         if self.subcommand == "predict":
-            self.config.predict.return_predictions = False
+            self.config.predict.return_predictions = False  # pictures go to files, not to memory
+        if (checkpoint := self._chosen("ckpt_path")) is None:
+            return
+        content = read_checkpoint(Path(checkpoint))
+        if self.subcommand == "fit" and CONFIG in content:
+            self._changes = check_changes(content[CONFIG], self._settings())
 
+    @override
     def instantiate_classes(self) -> None:
         """Whatever refuses what it is given while things are built, here or in a library, refuses the input."""
         try:
@@ -89,24 +114,25 @@ class FlowCLI(LightningCLI):
         except (ValueError, RuntimeError, OSError, MisconfigurationException) as error:
             raise BadInput(sentence_of(meant(error) or error)) from error
 
+    @override
     def _parse_ckpt_path(self) -> None:
         """Keep the command line's values: Lightning would let those in the checkpoint win, silently."""
 
+    @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Give the run its folder, its loggers and the callbacks that every run has."""
-        signals_among(self._get(self.config_init, "trainer.callbacks", default=None) or [])
-        check_name(self._chosen("trainer.strategy"))
+        own = _listed(self._get(self.config_init, "trainer.callbacks", default=None))
+        signals_among(own)
         folder = self._run_folder()
-        if is_first():
-            print(f"run folder: {folder}", flush=True)
-        self.trainer_defaults["callbacks"] = _standard_callbacks(
-            folder, str(self.subcommand), self._chosen("checkpoint_every")
-        )
-        self.trainer_defaults["callbacks"] += self._guards()
-        kwargs = {"default_root_dir": str(folder), "enable_progress_bar": self.subcommand != "fit"} | kwargs
+        kwargs = {"default_root_dir": str(folder.wanted), "enable_progress_bar": self.subcommand != "fit"} | kwargs
+        kwargs["callbacks"] = [folder, *self._standard_callbacks(), *own, *self._guards(own)]
         kwargs["plugins"] = [*_listed(self._get(self.config_init, "trainer.plugins", default=None)), *plugins()]
-        kwargs.setdefault("logger", _loggers(folder) if self._chosen("trainer.logger") is None else None)
-        trainer = super().instantiate_trainer(**{key: value for key, value in kwargs.items() if value is not None})
+        kwargs["strategy"] = kwargs.get("strategy") or self._strategy()
+        kwargs.setdefault("logger", folder.loggers is not None and DummyLogger())  # until there is a folder
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except TypeError as error:
+            raise ValueError(f"trainer: {error}") from error
         if "devices" not in kwargs:  # a check runs alone, wherever it is started
             check_launch(trainer)
         trainer.accumulate_grad_batches = (
@@ -114,11 +140,22 @@ class FlowCLI(LightningCLI):
         )
         return trainer
 
+    @override
     def _run_subcommand(self, subcommand: str) -> None:
         super()._run_subcommand(subcommand)
         unscored = dict.fromkeys(name for names in getattr(self.model, "unscored", {}).values() for name in names)
         if unscored:  # the table is written by now
             raise BadInput(f"every score of {', '.join(map(repr, unscored))} failed; what is written has NaN there")
+
+    def _strategy(self) -> Any:  # noqa: ANN401
+        """What was chosen; ``fsdp`` is ours."""
+        chosen = self._chosen("trainer.strategy")
+        if chosen == "fsdp":
+            if is_first():
+                print("strategy fsdp: runs as fsdp2, which shards backbone, adapters and optimiser", flush=True)
+            return "fsdp2"
+        check_name(chosen)
+        return self._get(self.config_init, "trainer.strategy")
 
     def _accumulate(self, ranks: int) -> int | None:
         """Micro-batches per optimiser step that make the updates per iteration that were asked for."""
@@ -133,35 +170,59 @@ class FlowCLI(LightningCLI):
             raise ValueError(f"{batches} batches per iteration and rank do not divide into {updates} updates")
         return int(batches // updates)
 
-    def _guards(self) -> list[Callback]:
+    def _standard_callbacks(self) -> list[Callback]:
+        if self.subcommand != "fit":
+            return [OrderlyEnd(), Threads(), *([PictureFolder()] if self.subcommand == "predict" else [])]
+        rate = [] if self._chosen("trainer.logger") is False else [LearningRateMonitor(logging_interval="epoch")]
+        checkpoints = Checkpoints(self._chosen("checkpoint_every"))
+        return [OrderlyEnd(), Threads(), AdapterExport(), Progress(), checkpoints, *rate]
+
+    def _guards(self, own: list[Any]) -> list[Callback]:
         """What looks after a fit, unless the config brings its own."""
-        own = _listed(self._get(self.config_init, "trainer.callbacks", default=None))
         guards = [SelfCheck(), Guard(), MergeReport()] if self.subcommand == "fit" else []
         return [guard for guard in guards if not any(isinstance(callback, type(guard)) for callback in own)]
 
     def _chosen(self, key: str) -> Any:  # noqa: ANN401
         return self._get(self.config, key, default=None)
 
-    def _run_folder(self) -> Path:
-        """The folder of the checkpoint when a fit goes on, else a fresh one: nothing is written over.
+    def _settings(self) -> dict[str, Any]:
+        return settings(self.config[str(self.subcommand)].as_dict())
 
-        What rank zero finds is what counts; it tells the others as soon as they have met.
-        """
-        checkpoint = self._chosen("ckpt_path")
+    def _run_folder(self) -> RunFolder:
+        """The folder of the checkpoint when a fit goes on, else a fresh one: nothing is written over."""
+        checkpoint = self._chosen("ckpt_path") if self.subcommand == "fit" else None
         wanted = Path(self._chosen("trainer.default_root_dir") or "runs/run")
-        if checkpoint and self.subcommand == "fit":
-            return folder_of(Path(checkpoint))
-        fresh: Path = next(path for path in numbered(wanted) if not path.exists())
-        return fresh
+        if checkpoint is not None:
+            wanted = folder_of(Path(checkpoint))
+        check_place(wanted)
+        return RunFolder(
+            wanted, checkpoint is not None, self._write_config, self._loggers(), self._settings(), self._changes
+        )
+
+    def _write_config(self, path: Path) -> None:
+        self._parser(self.subcommand).save(
+            self.config[str(self.subcommand)], str(path), skip_none=False, overwrite=True, multifile=False
+        )
+
+    def _loggers(self) -> Callable[[Path, int], list[Logger]] | None:
+        chosen = self._get(self.config_init, "trainer.logger", default=None)
+        if chosen is False:
+            return None
+        own = [] if chosen is True else _listed(chosen)
+        return lambda folder, steps: own or _loggers(folder, steps)
 
 
 class PlanCLI(FlowCLI):
     """``flowopd plan``: builds what a fit would run, on no device, and says what it will take."""
 
+    verb = "fit"
+
+    @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A trainer for the callbacks alone: the devices that are asked for need not be here."""
         return idle_trainer(_listed(self._get(self.config_init, "trainer.callbacks", default=None)))
 
+    @override
     def _run_subcommand(self, subcommand: str) -> None:
         policy, data, hardware = _recipe(self.model), self.datamodule, Hardware.asked(self._chosen("trainer").as_dict())
         hardware = replace(hardware, accumulate=self._accumulate(hardware.ranks) or hardware.accumulate)
@@ -174,11 +235,14 @@ class CheckCLI(FlowCLI):
     """``flowopd check``: builds what a fit would run, on one device, and prints a verdict per line."""
 
     refusal = "FAIL    configuration builds"
+    verb = "fit"
 
+    @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """One process, and no log."""
         return super().instantiate_trainer(devices=1, num_nodes=1, strategy="auto", logger=False, **kwargs)
 
+    @override
     def _run_subcommand(self, subcommand: str) -> None:
         print("ok      configuration builds: every class and every option is there", flush=True)
         ranks, failed = Hardware.asked(self._chosen("trainer").as_dict()).ranks, False
@@ -197,13 +261,11 @@ def _recipe(model: LightningModule) -> FlowPolicy:
 
 def plan() -> None:
     """Say what a fit with the same words would take."""
-    sys.argv[1] = "fit"
     run(PlanCLI)
 
 
 def check() -> None:
     """Check a fit with the same words; exit code 1 if something is wrong."""
-    sys.argv[1] = "fit"
     run(CheckCLI)
 
 
@@ -214,14 +276,18 @@ def run(cli: type[FlowCLI] = FlowCLI) -> None:
     _quieten()
     try:
         cli()
-    except (jsonargparse.ArgumentError, OmegaConfBaseException, BadInput) as error:
+    except (jsonargparse.ArgumentError, OmegaConfBaseException, MisconfigurationException, BadInput) as error:
         _refuse(error, cli.refusal)
-    except (ValueError, OSError, KeyError) as error:
-        if (cause := meant(error)) is None:
+    except (ValueError, OSError, KeyError, RuntimeError) as error:
+        if (cause := meant(error)) is None and not _is_told_by_lightning(error):
             raise
-        _refuse(cause, cli.refusal)
-    except KeyboardInterrupt:
-        raise SystemExit("interrupted") from None
+        _refuse(cause or error, cli.refusal)
+
+
+def _is_told_by_lightning(error: BaseException) -> bool:
+    """Whether a callback of Lightning raised it on purpose: a metric to watch that nothing logs, above all."""
+    raised = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    return raised.parent == Path(callbacks.__file__).parent
 
 
 def _refuse(error: BaseException, prefix: str) -> None:
@@ -245,26 +311,10 @@ def _is_no_tip(record: logging.LogRecord) -> bool:
     return "Tip: For seamless" not in record.getMessage()
 
 
-def _standard_callbacks(folder: Path, subcommand: str, checkpoint_every: int) -> list[Callback]:
-    if subcommand != "fit":
-        return [SharedFolder(), *([PictureFolder()] if subcommand == "predict" else [])]
-    checkpoint = Checkpoints(
-        dirpath=folder / "checkpoints",
-        filename="iteration={epoch}",
-        auto_insert_metric_name=False,
-        every_n_epochs=checkpoint_every,
-        save_on_train_epoch_end=True,
-        save_last="link",
-        enable_version_counter=False,
-    )
-    rate = LearningRateMonitor(logging_interval="epoch")
-    return [SharedFolder(), Progress(), OrderlyEnd(), checkpoint, AdapterExport(), rate, Farewell()]
-
-
-def _loggers(folder: Path) -> list[Any]:
-    if is_first():
-        keep_aside(folder / "metrics.csv")
-    return [CSVLogger(folder, name="", version=""), TensorBoardLogger(folder, name="", version="tensorboard")]
+def _loggers(folder: Path, steps: int) -> list[Logger]:
+    """The log of a run, up to where it goes on."""
+    curves = TensorBoardLogger(folder, name="", version="tensorboard", purge_step=steps)
+    return [MetricsFile(folder / "metrics.csv", steps), curves]
 
 
 def _listed(value: Any) -> list[Any]:  # noqa: ANN401

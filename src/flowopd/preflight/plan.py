@@ -34,7 +34,7 @@ class Hardware:
 
     Args:
         ranks: processes on all nodes, a device each.
-        sharded: whether a rank keeps only its part of the weights (``fsdp2``).
+        sharded: whether a rank keeps only its part of the weights (``fsdp2``, or ``fsdp``, which means it).
         autocast: whether linear layers run in half precision whatever their weights are (``bf16-mixed``).
         accumulate: micro-batches per optimiser step.
     """
@@ -49,7 +49,7 @@ class Hardware:
         """What the ``trainer`` section of a config asks for."""
         return Hardware(
             ranks=device_count(trainer.get("devices")) * int(trainer.get("num_nodes") or 1),
-            sharded="fsdp2" in str(trainer.get("strategy")).lower(),
+            sharded="fsdp" in str(trainer.get("strategy")).lower(),
             autocast="mixed" in str(trainer.get("precision")),
             accumulate=int(trainer.get("accumulate_grad_batches") or 1),
         )

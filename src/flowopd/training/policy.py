@@ -12,16 +12,18 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from flowopd.core.objectives import Objective, labels_of
-from flowopd.evaluation import Scoreboard
+from flowopd.evaluation import Column, Scoreboard
 from flowopd.models import AdapterSource, Backbone, LoRASpec, Merge
 from flowopd.models.adapters.lora import Adapter, adapter_parameters, add_adapter, attach, take_adapter
 from flowopd.records import Conditioning, EvaluationBatch, Prompt, Rollout, StepBatch
 from flowopd.rewards import Scores
 from flowopd.rewards.judging import means, refuse_unscored
 from flowopd.rollouts import Draw, Sampler, VelocityField
-from flowopd.training.checkpoints import MADE_BY, average_in, check_resumable, made_by
+from flowopd.training.checkpoints import MADE_BY, OPTIMIZER, Resumed, as_built, average_in, check_resumable, made_by
 from flowopd.training.ranks.strategies import FSDP2, check_trainer, is_sharded
 from flowopd.training.ranks.sums import added_over_ranks
 from flowopd.training.signals import Signals, signals_among
@@ -87,6 +89,8 @@ class FlowPolicy(LightningModule):
         self.watchers: list[Watcher] = []
         self.unscored: dict[str, list[str]] = {}  # by evaluation, the columns of which every score failed
         self._run: _Run | None = None
+        self._as_built: dict[str, Any] = {}
+        self._resumed: Resumed | None = None
         self.strict_loading = False  # a checkpoint holds the adapter, not the frozen backbone
 
     @property
@@ -216,14 +220,23 @@ class FlowPolicy(LightningModule):
 
     @torch.no_grad()
     def draw(self, prompts: Sequence[Prompt], noise: Tensor, field: VelocityField | None = None) -> Tensor:
-        """Draw images (B, 3, H, W) in [0, 1] by the ODE from noise (B, C, H, W), with any velocity field."""
-        cond = self.backbone.encode([prompt.text for prompt in prompts])
-        return self.backbone.decode(self.sampler.draw(field or self.velocity, cond, noise))
+        """Draw images (B, 3, H, W) in [0, 1] by the ODE from noise (B, C, H, W), with any velocity field.
+
+        In the precision of training, from wherever it is called.
+        """
+        with self.trainer.precision_plugin.forward_context():
+            cond = self.backbone.encode([prompt.text for prompt in prompts])
+            return self.backbone.decode(self.sampler.draw(field or self.velocity, cond, noise))
+
+    @torch.no_grad()
+    def columns(self, batch: EvaluationBatch, field: VelocityField | None = None) -> dict[str, Column]:
+        """Every column of an evaluation of what a velocity field draws: one computation for validation and tables."""
+        with self.trainer.precision_plugin.forward_context():
+            return self.signals.judging.columns(self.draw(batch.prompts, batch.noise, field), batch.prompts)
 
     def validation_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
         """Draw held-out prompts and score them."""
-        images = self.draw(batch.prompts, batch.noise)
-        self.scoreboard.update(self.signals.judging.columns(images, batch.prompts), batch.counted)
+        self.scoreboard.update(self.columns(batch), batch.counted)
 
     def on_validation_epoch_end(self) -> None:
         """Log every reward's mean as ``val/<reward>``, or ``test/<reward>`` in a test."""
@@ -252,10 +265,21 @@ class FlowPolicy(LightningModule):
 
     def configure_optimizers(self) -> Any:  # noqa: ANN401 - Lightning's union of shapes
         """Optimiser over the adapter, and its schedule in optimiser steps."""
-        optimizer = self.optimizer(adapter_parameters(self.backbone.network, STUDENT))
-        if self.scheduler is None:
+        optimizer, schedule = self._optimizer()
+        self._as_built = as_built(optimizer)
+        if schedule is None:
             return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.scheduler(optimizer), "interval": "step"}}
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _optimizer(self) -> tuple[Optimizer, LRScheduler | None]:
+        optimizer = self.optimizer(adapter_parameters(self.backbone.network, STUDENT))
+        return optimizer, self.scheduler(optimizer) if self.scheduler else None
+
+    def on_train_start(self) -> None:
+        """Let what was changed since the checkpoint take effect."""
+        if self._resumed is not None:
+            self._resumed.take_effect(self.trainer)
+            self._resumed = None
 
     def student(self) -> Adapter:
         """A copy of the student's adapter; under a sharded strategy all ranks must ask for it."""
@@ -267,18 +291,21 @@ class FlowPolicy(LightningModule):
         return {key: value for key, value in state.items() if f".{STUDENT}." in key}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say which ranks made the checkpoint."""
+        """Say which ranks made the checkpoint, and with which optimiser."""
         checkpoint[MADE_BY] = made_by(self.trainer)
+        checkpoint[OPTIMIZER] = self._as_built
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another adapter or kind of ranks; where nothing is trained, prefer its average.
+        """Refuse a checkpoint of another adapter or optimiser; take its average where nothing is trained.
 
         Raises:
-            ValueError: naming a tensor that does not fit, or the strategy.
+            ValueError: naming what does not fit.
         """
         self._check_shapes(checkpoint["state_dict"])
         if self.trainer.state.fn == TrainerFn.FITTING:
             check_resumable(self.trainer, checkpoint)
+            self._resumed = Resumed(checkpoint, *self._optimizer())
+            checkpoint["lr_schedulers"] = []  # made anew, at the step where they were
         else:
             checkpoint["state_dict"] |= average_in(checkpoint)
 

@@ -5,23 +5,43 @@ from __future__ import annotations
 import os
 
 from lightning import Callback, LightningModule, Trainer
+from typing_extensions import override
 
 from flowopd.core.shown import shown
 from flowopd.models.adapters.export import ModelCard, export_adapter
-from flowopd.training.callbacks.around import policy_of, run_folder
+from flowopd.training.callbacks.around import run_folder
+from flowopd.training.callbacks.ema import averaged
 from flowopd.training.policy import FlowPolicy
 
 
 class AdapterExport(Callback):
-    """Writes the trained adapter to ``<run>/adapter`` when the fit ends: for peft, for diffusers, and with a card."""
+    """Writes the trained adapter to ``<run>/adapter`` as soon as training ends: for peft and diffusers, with a card."""
 
+    def __init__(self) -> None:
+        self._exported = False
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._exported = False
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._export(trainer, pl_module)
+
+    @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Gather it on all ranks, write it once."""
+        if not self._exported:  # nothing was trained: a merge, or a run that had ended
+            self._export(trainer, pl_module)
+
+    def _export(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Gather the average, if there is one, on all ranks; write it once."""
         if not isinstance(pl_module, FlowPolicy):
             return
-        adapter = pl_module.student()
+        self._exported = True
+        with averaged(trainer):
+            adapter = pl_module.student()
         if trainer.is_global_zero:
-            export_adapter(adapter, run_folder(trainer) / "adapter", card(policy_of(pl_module)))
+            export_adapter(adapter, run_folder(trainer) / "adapter", card(pl_module))
 
 
 def card(policy: FlowPolicy) -> ModelCard:

@@ -38,7 +38,8 @@ class ImageGrid(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._save(trainer, {"student": policy_of(pl_module).velocity}, trainer.current_epoch)
+        if trainer.global_step == 0:  # a run that goes on has its picture, of the average
+            self._save(trainer, {"student": policy_of(pl_module).velocity}, trainer.current_epoch)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -48,7 +49,9 @@ class ImageGrid(Callback):
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._save(trainer, models(on_device(trainer, pl_module)), name="models")
+        policy = on_device(trainer, pl_module)
+        with averaged(trainer):
+            self._save(trainer, models(policy), name="models")
 
     @override
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

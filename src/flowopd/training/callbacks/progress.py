@@ -6,6 +6,7 @@ from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 from tqdm.auto import tqdm
+from typing_extensions import override
 
 from flowopd.core.ranges import at_least
 
@@ -22,8 +23,8 @@ class Progress(Callback):
         self.figures = figures
         self._bar: Any = None
 
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Open the bar."""
         total = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else None
         self._bar = tqdm(
             total=total,
@@ -34,20 +35,20 @@ class Progress(Callback):
             dynamic_ncols=True,
         )
 
+    @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """One more iteration is done."""
         telling = sorted(trainer.callback_metrics.items(), key=lambda metric: _rank_of(metric[0]))
         self._bar.set_postfix({name: f"{float(v):.3g}" for name, v in telling[: self.figures]}, refresh=False)
         self._bar.update()
 
+    @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Close the bar."""
         self._bar.close()
 
+    @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Close the bar, so that the message stands on its own line."""
         if self._bar is not None:
-            self._bar.close()
+            self._bar.close()  # so that the message stands on its own line
 
 
 def _rank_of(metric: str) -> int:

@@ -11,6 +11,7 @@ from lightning import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.table import Table as RichTable
 from tqdm.auto import tqdm
+from typing_extensions import override
 
 from flowopd.evaluation import Scoreboard, write_results
 from flowopd.evaluation.tables import cells, columns
@@ -19,6 +20,7 @@ from flowopd.records import EvaluationBatch
 from flowopd.rollouts import VelocityField
 from flowopd.teachers import BaseTeacher
 from flowopd.training.callbacks.around import data_of, on_device, policy_of, run_folder
+from flowopd.training.callbacks.ema import averaged
 from flowopd.training.policy import FlowPolicy
 
 
@@ -31,48 +33,60 @@ class ResultsTable(Callback):
     def __init__(self) -> None:
         self.rows: dict[str, dict[str, float]] = {}
 
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Score the student before its first update: the cold start."""
         policy = policy_of(pl_module)
         if policy.start is not None and "cold-start" not in self.rows and data_of(trainer).evaluation_count:
             self.rows["cold-start"] = evaluate(policy, policy.velocity, "cold-start")
 
+    @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Score everything else, and show the table; without held-out prompts there is none."""
         if not data_of(trainer).evaluation_count:
             return
         policy = on_device(trainer, pl_module)
-        scored = {name: evaluate(policy, field, name) for name, field in models(policy).items()}
+        with averaged(trainer):
+            scored = {name: evaluate(policy, field, name) for name, field in models(policy).items()}
         student = scored.pop("student")
         table = {**scored, **self.rows, "student": student}
         if trainer.is_global_zero:
             write_results(table, run_folder(trainer))
             show(table)
 
+    @override
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The same table, for a model that was trained before."""
         self.on_fit_end(trainer, pl_module)
 
+    @override
     def state_dict(self) -> dict[str, Any]:
         """The cold start's scores: a resumed run cannot measure them again."""
         return {"rows": self.rows}
 
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Remember the cold start's scores."""
         self.rows = state_dict["rows"]
 
 
 class MergeReport(Callback):
     """Prints what a merge keeps of every adapter, and writes ``merge_report.md`` and ``merge_report.csv``."""
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Before the first update; a run that goes on has its report."""
-        policy = policy_of(pl_module)
-        if not isinstance(policy.start, Merge) or trainer.ckpt_path is not None:
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._report(trainer, pl_module)
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.max_epochs == 0:  # nothing is trained
+            self._report(trainer, pl_module)
+
+    def _report(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """What the student starts from; a run that goes on has its report."""
+        if not isinstance(pl_module, FlowPolicy) or not isinstance(pl_module.start, Merge) or trainer.global_step:
             return
-        merged = policy.student()
+        merged = pl_module.student()
         if trainer.is_global_zero:
-            table = policy.start.report(merged)
+            table = pl_module.start.report(merged)
             write_results(table, run_folder(trainer), "merge_report")
             show(table)
 
@@ -88,12 +102,10 @@ def models(policy: FlowPolicy) -> dict[str, VelocityField]:
 @torch.no_grad()
 def evaluate(policy: FlowPolicy, field: VelocityField, name: str) -> dict[str, float]:
     """Mean scores of a velocity field on all held-out prompts, by reward."""
-    judging = policy.signals.judging
-    board = Scoreboard.of(judging).to(policy.device)
-    for batch in _watched(
-        data_of(policy.trainer).evaluation_loader(), f"scoring {name}", policy.trainer.is_global_zero
-    ):
-        board.update(judging.columns(policy.draw(batch.prompts, batch.noise, field), batch.prompts), batch.counted)
+    board = Scoreboard.of(policy.signals.judging).to(policy.device)
+    loader = data_of(policy.trainer).evaluation_loader()
+    for batch in _watched(loader, f"scoring {name}", policy.trainer.is_global_zero):
+        board.update(policy.columns(batch, field), batch.counted)
     return policy.evaluated(name, board)
 
 

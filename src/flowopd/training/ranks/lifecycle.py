@@ -1,4 +1,4 @@
-"""How a run lives among many: one folder for all ranks, whole checkpoints, an orderly end when the scheduler asks."""
+"""How a run lives among many: whole checkpoints, an orderly end when the scheduler asks."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
+from typing_extensions import override
 
 RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
 
@@ -39,47 +40,80 @@ def check_launch(trainer: Trainer) -> None:
         )
 
 
-class SharedFolder(Callback):
-    """Every rank works in the folder that rank zero chose, on other nodes too."""
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Be told, as soon as the ranks have met."""
-        trainer._default_root_dir = trainer.strategy.broadcast(trainer.default_root_dir)  # type: ignore[attr-defined]
-
-
 class OrderlyEnd(Callback):
-    """Ends a fit after the running iteration when the scheduler sends SIGUSR1.
+    """Ends a fit after the running iteration when the scheduler sends SIGUSR1; SIGTERM ends any run at once.
 
-    Nothing is saved inside the signal's handler, where the other ranks could be anywhere: the iteration is finished by
-    all, and its checkpoint goes on bit for bit. ``#SBATCH --signal=USR1@600`` sends it ten minutes before the end.
+    Nothing is saved inside a signal's handler, where the other ranks could be anywhere. At SIGUSR1 the iteration is
+    finished by all, and its checkpoint goes on bit for bit; ``#SBATCH --signal=USR1@600`` sends it ten minutes before
+    the end. SIGTERM leaves seconds: the run stops where it is, as at Ctrl-C, and ends with exit code 143.
     """
 
     def __init__(self) -> None:
         self.asked = False
         self._before: Any = None
 
+    @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Listen."""
-        self.asked, self._before = False, signal.signal(signal.SIGUSR1, self._hear)
+        self.asked = False
+        self._before = signal.signal(signal.SIGUSR1, self._hear)
 
     def _hear(self, *_: Any) -> None:
         self.asked = True
 
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._heed_sigterm(trainer)
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._heed_sigterm(trainer)
+
+    @override
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._heed_sigterm(trainer)
+
+    @override
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._heed_sigterm(trainer)
+
+    @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop all ranks if one of them was asked to."""
         if trainer.strategy.reduce_boolean_decision(self.asked, all=False):
             trainer.should_stop = True
             rank_zero_info(f"SIGUSR1: stopping after iteration {trainer.current_epoch + 1}; go on from its checkpoint")
 
+    @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Listen no longer."""
-        signal.signal(signal.SIGUSR1, self._before)
+        self._listen_no_longer()
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._listen_no_longer()
+
+    def _listen_no_longer(self) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGUSR1, self._before)
+
+    def _heed_sigterm(self, trainer: Trainer) -> None:
+        """Replace Lightning's own handler, until the trainer puts back what was before both.
+
+        That one asks the other ranks from inside the handler, and ends with exit code 0.
+        """
+
+        def terminate(*_: Any) -> None:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            if (launcher := trainer.strategy.launcher) is not None:
+                launcher.kill(signal.SIGTERM)  # the ranks that it has started
+            raise SystemExit(128 + signal.SIGTERM)
+
+        signal.signal(signal.SIGTERM, terminate)
 
 
 class WholeCheckpoints(TorchCheckpointIO):
     """Writes a checkpoint beside its place and moves it there when it is complete: a full disk harms no older one."""
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:  # noqa: ANN401
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write it.
 
         Raises:
@@ -90,8 +124,9 @@ class WholeCheckpoints(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, partial, storage_options)
             partial.replace(path)
         except OSError as error:
-            partial.unlink(missing_ok=True)
             raise OSError(f"checkpoint {path} could not be written ({error}); older ones are untouched") from error
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def plugins() -> list[Any]:

@@ -39,7 +39,7 @@ def medium(**options) -> SD3Backbone:
 
 
 def teacher(task: str, **options) -> TeacherCallback:
-    return TeacherCallback([task], LoRATeacher("nobody/nothing", **({"guidance_scale": 4.5} | options)))
+    return TeacherCallback([task], LoRATeacher(f"nobody/{task}", **({"guidance_scale": 4.5} | options)))
 
 
 def released_sizes() -> tuple[OPDStudent, object, list]:
@@ -47,7 +47,7 @@ def released_sizes() -> tuple[OPDStudent, object, list]:
     sampler = Sampler(num_steps=10, guidance_scale=4.5)
     policy = OPDStudent(medium(), Anchored(TransitionKL()), sampler=sampler)
     data = tiny.data("geneval", "ocr", prompts_per_iteration=16, group_size=1, batch_size=16)
-    anchor = AnchorCallback(LoRATeacher("nobody/nothing", guidance_scale=4.5))
+    anchor = AnchorCallback(LoRATeacher("nobody/anchor", guidance_scale=4.5))
     return policy, data, [teacher("geneval"), teacher("ocr"), anchor]
 
 
@@ -275,7 +275,7 @@ def test_a_plan_is_shown_with_every_part(planned, capsys, monkeypatch):
     shown = capsys.readouterr().out
     for name in [*planned.resident, *planned.training, *planned.transient, *planned.forwards]:
         assert name in shown
-    assert "nobody/nothing is not here; taken for one of rank 32" in shown
+    assert "nobody/anchor is not here; taken for one of rank 32" in shown
     assert f"{seconds(planned.forwards, costs.Speed(0.01, 0.03)):.1f} s" in shown
 
 

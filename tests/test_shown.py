@@ -10,10 +10,13 @@ from flowopd import core, rollouts, teachers
 from flowopd.core.shown import shown
 from flowopd.core.tensors import expand_like, row_mean, same_shape
 from flowopd.rollouts import BetaSteps, RowNoise, Sampler, SpreadSteps
-from flowopd.teachers import BaseTeacher, LoRATeacher, Router
+from flowopd.teachers import BaseTeacher, Beyond, Blend, LoRATeacher, Piecewise, Router
 
 PUBLIC = {name: getattr(core, name) for name in core.__all__}
-EXPLAINED = PUBLIC | {thing.__name__: thing for thing in (same_shape, expand_like, row_mean, RowNoise, Sampler, Router)}
+EXPLAINED = PUBLIC | {
+    thing.__name__: thing
+    for thing in (same_shape, expand_like, row_mean, RowNoise, Sampler, Router, Beyond, Blend, Piecewise)
+}
 THINGS = [
     core.ODE(),
     core.FlowSDE(0.5),
@@ -46,6 +49,8 @@ THINGS = [
     Sampler(4, dynamics=core.CPS(), window=(0, 2), steps=SpreadSteps(1), guidance_scale=4.5),
     BaseTeacher(2.0),
     LoRATeacher("org/experts", subfolder="ocr", revision="v1", guidance_scale=2.0),
+    Beyond(LoRATeacher("org/ocr"), BaseTeacher(), strength=1.5),
+    Blend([BaseTeacher(), BaseTeacher(2.0)], [1.0, Piecewise([(0.0, 0.0), (1.0, 1.0)])]),
     Router({"text": BaseTeacher()}, lockstep=True),
 ]
 

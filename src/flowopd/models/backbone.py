@@ -1,7 +1,8 @@
 """The Backbone: one frozen network that carries every policy as an adapter."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,16 @@ class Backbone(ABC):
     @abstractmethod
     def network(self) -> nn.Module:
         """The velocity network that carries the adapters."""
+
+    @property
+    def identity(self) -> Hashable:
+        """What it will read: backbones that agree in this answer alike, and teachers share one of them."""
+        return id(self)
+
+    @cached_property
+    def companions(self) -> "dict[Hashable, Backbone]":
+        """Backbones that teachers have brought beside this one, by what and where they are: each is carried once."""
+        return {}
 
     @abstractmethod
     def load(self, device: torch.device | str = "cpu") -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -87,6 +87,11 @@ class SD3Backbone(Backbone):
         self._network: SD3Transformer2DModel | None = None
         self._negative: Conditioning | None = None
         self._reader: Backbone | None = None
+
+    @property
+    def identity(self) -> Hashable:
+        """The model, its precision, and its negative prompt."""
+        return self.path, self.revision, self.dtype, self.negative_prompt
 
     @property
     def network(self) -> nn.Module:

@@ -25,6 +25,7 @@ from flowopd.records import Conditioning, StepBatch
 from flowopd.rollouts import Draw
 from flowopd.teachers import BaseTeacher, FullTeacher, Teacher
 from flowopd.teachers.base import guidance_of, states_guidance
+from flowopd.teachers.composed import parts_of
 from flowopd.training.policy import FlowPolicy
 from flowopd.training.roads import sampling
 from flowopd.training.rollout_data import RolloutDataModule
@@ -238,7 +239,8 @@ def guidance_is_meant(subject: Subject) -> str:
         raise Skipped("there is no teacher")
     scales = {"student": student} | {name: guidance_of(teacher) for name, teacher in teachers.items()}
     said = ", ".join(f"{name} {'its own' if scale is None else f'{scale:g}'}" for name, scale in scales.items())
-    unlike = [name for name, t in teachers.items() if not states_guidance(t) and scales[name] != student]
+    parts = [(name, part) for name, teacher in teachers.items() for part in parts_of([teacher])]
+    unlike = [name for name, part in parts if not states_guidance(part) and guidance_of(part) != student]
     if unlike:
         raise Warned(
             f"{said}; {unlike[0]} is asked without guidance, as it was given none: give it "
@@ -277,7 +279,7 @@ def grids_agree(subject: Subject) -> str:
     if not isinstance(backbone, SD3Backbone):
         raise Skipped(f"a {type(backbone).__name__} has no scheduler of diffusers")
     teachers = subject.policy.signals.teaching.teachers_by_name().values()
-    others = [teacher.backbone for teacher in teachers if isinstance(teacher, FullTeacher)]
+    others = [part.backbone for part in parts_of(teachers) if isinstance(part, FullTeacher)]
     for model in (model for model in (backbone, *others) if isinstance(model, SD3Backbone)):
         apart = max(_apart(model, sampler.schedule.sigmas(n)) for n in (sampler.num_steps, sampler.eval_steps))
         if apart > 1e-5:

@@ -67,6 +67,14 @@ def trace(shapes: Shapes, lora: LoRASpec, autocast: bool) -> Cost:
     return Cost(forward, float(backward.get_total_flops()), kept.total(), checkpointed.total(), kept.largest())
 
 
+def forward_flop(model: Shapes, asked: Shapes) -> float:
+    """FLOP of a forward of a model, without adapters, at one row of another's states and texts."""
+    row = {name: v.to(model.backbone.dtype) if isinstance(v, Tensor) else v for name, v in one_row(asked).items()}
+    with torch.no_grad(), _OnDevice(autocast=False), flop_counter() as counted:
+        model.transformer()(**row)
+    return float(counted.get_total_flops())
+
+
 def flop_counter() -> FlopCounterMode:
     """Counts FLOP, those of attention too: torch 2.11 does not know the operator that ``_OnDevice`` calls."""
     attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu

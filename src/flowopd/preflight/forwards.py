@@ -6,7 +6,7 @@ import copy
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from flowopd.models import Backbone
 from flowopd.records import Conditioning, Prompt
-from flowopd.teachers import Teacher
+from flowopd.teachers import Composed, FullTeacher, Teacher
 from flowopd.teachers.base import guidance_of
+from flowopd.teachers.composed import identity, parts_of
 from flowopd.training.policy import FlowPolicy
 from flowopd.training.rollout_data import RolloutDataModule
 from flowopd.training.signals import AnchorCallback, RewardCallback, TeacherCallback
@@ -33,7 +34,7 @@ def count_forwards(
     """Rows of the transformer per optimiser step and rank, guidance included, and pictures decoded.
 
     The recipe's own code runs for an iteration of every task's turn, on a backbone that only counts; a rank's share is
-    the mean over all ranks.
+    the mean over all ranks. Forwards of a part that several teachers have in common are under all of their names.
     """
     counts = Counter[str]()
     policy, data = copy.copy(policy), copy.copy(data)
@@ -112,10 +113,11 @@ class _CountingBackbone(Backbone):
 
 
 class _CountingTeacher:
-    def __init__(self, counts: Counter[str], name: str, guidance_scale: float) -> None:
+    def __init__(self, counts: Counter[str], name: str, part: Teacher) -> None:
         self.counts = counts
         self.name = name
-        self.guidance_scale = guidance_scale
+        self.identity = identity(part)
+        self.guidance_scale = guidance_of(part) or 1.0
 
     def attach(self, backbone: Backbone) -> None: ...
 
@@ -139,16 +141,38 @@ def rows_of(x: Tensor, guidance_scale: float) -> int:
 
 def _counting(callbacks: Iterable[Callback], counts: Counter[str]) -> list[Callback]:
     """The same rewards, teachers and anchor, none of which computes anything."""
+    callbacks = list(callbacks)
+    names = part_names(callbacks)
+
+    def stand_in(teacher: Teacher) -> Teacher:
+        if isinstance(teacher, Composed):
+            return teacher.over([stand_in(inner) for inner in teacher.teachers])
+        return _CountingTeacher(counts, names[identity(teacher)], teacher)
+
     counting: list[Callback] = []
     for callback in callbacks:
         if isinstance(callback, RewardCallback):
             scorer = callback.scorer
             counting.append(RewardCallback(scorer.name, _NoReward(), scorer.tasks, scorer.weight))
         elif isinstance(callback, TeacherCallback | AnchorCallback):
-            scale = guidance_of(callback.teacher) or 1.0
-            stand_in = _CountingTeacher(counts, callback.role.name, scale)
-            counting.append(_with_teacher(callback, stand_in))
+            counting.append(_with_teacher(callback, stand_in(callback.role.teacher)))
     return counting
+
+
+def part_names(callbacks: Iterable[Callback]) -> dict[Hashable, str]:
+    """Whose the parts of teachers are, by identity: names of callbacks, and of a model of its own."""
+    owners: dict[Hashable, list[str]] = {}
+    models: dict[Hashable, str] = {}
+    for callback in callbacks:
+        if isinstance(callback, TeacherCallback | AnchorCallback):
+            for part in parts_of([callback.role.teacher]):
+                owners.setdefault(identity(part), []).append(callback.role.name)
+                models[identity(part)] = f" ({_path(part.backbone)})" if isinstance(part, FullTeacher) else ""
+    return {part: " + ".join(names) + models[part] for part, names in owners.items()}
+
+
+def _path(backbone: Backbone) -> str:
+    return str(getattr(backbone, "path", type(backbone).__name__))
 
 
 def _with_teacher(callback: TeacherCallback | AnchorCallback, teacher: Teacher) -> Callback:

@@ -6,7 +6,7 @@ recipe's own code for an iteration on a backbone that only counts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from flowopd.models import AdapterSource, LoRASpec, Merge
 from flowopd.models.adapters.lora import adapter_parameters
-from flowopd.preflight.costs import Cost, Speed, decode_flop, measure, trace
-from flowopd.preflight.forwards import DECODED, TRAINED, count_forwards
+from flowopd.preflight.costs import Cost, Speed, decode_flop, forward_flop, measure, trace
+from flowopd.preflight.forwards import DECODED, TRAINED, count_forwards, part_names
 from flowopd.preflight.shapes import ADAPTER, Shapes, adapter_spec, nbytes
 from flowopd.rewards.model import resident_bytes
-from flowopd.teachers import FullTeacher, LoRATeacher
+from flowopd.teachers import FullTeacher, LoRATeacher, Teacher
+from flowopd.teachers.composed import identity, parts_of
 from flowopd.training.callbacks.ema import EMA
 from flowopd.training.policy import FlowPolicy
 from flowopd.training.rollout_data import RolloutDataModule
@@ -112,19 +113,26 @@ def plan(policy: FlowPolicy, data: RolloutDataModule, callbacks: Sequence[Callba
             "activations, checkpointed": activations[True],
         },
         forwards=forwards,
-        flop=_flop(forwards, cost, shapes, checkpointing),
+        flop=_flop(forwards, cost, shapes, _other_models(callbacks, shapes)),
         notes=notes,
     )
 
 
-def _flop(forwards: Mapping[str, float], cost: Cost, shapes: Shapes, checkpointing: bool) -> dict[str, float]:
-    flop = {name: rows * cost.forward for name, rows in forwards.items() if name != DECODED}
+def _flop(forwards: Mapping[str, float], cost: Cost, shapes: Shapes, other: Mapping[str, float]) -> dict[str, float]:
+    flop = {name: rows * other.get(name, cost.forward) for name, rows in forwards.items() if name != DECODED}
     flop["backward"] = forwards.get(TRAINED, 0.0) * cost.backward
-    if checkpointing:
+    if shapes.backbone.activation_checkpointing:
         flop["computed again at backward"] = forwards.get(TRAINED, 0.0) * cost.forward
     if forwards.get(DECODED):
         flop[DECODED] = forwards[DECODED] * decode_flop(shapes)
     return flop
+
+
+def _other_models(callbacks: Sequence[Callback], shapes: Shapes) -> dict[str, float]:
+    """FLOP of a forward of every teacher that is a model of its own, by the name that its forwards go by."""
+    names, teachers = part_names(callbacks), signals_among(callbacks).teaching.teachers_by_name().values()
+    models = {names[identity(t)]: t.backbone for t in parts_of(teachers) if isinstance(t, FullTeacher)}
+    return {name: forward_flop(Shapes(model), shapes) for name, model in models.items()}
 
 
 def _resident(
@@ -176,13 +184,26 @@ def _known_spec(source: AdapterSource, notes: list[str]) -> LoRASpec:
 
 
 def _teachers(signals: Signals, shapes: Shapes, notes: list[str]) -> dict[str, float]:
-    sizes = {}
+    """Bytes that each teacher adds; what several have in common is the first one's."""
+    sizes, carried = dict[str, float](), set[Hashable]()
     for name, teacher in signals.teaching.teachers_by_name().items():
-        if isinstance(teacher, LoRATeacher):
-            sizes[name] = shapes.adapter_bytes(_known_spec(teacher.source, notes))
-        elif isinstance(teacher, FullTeacher):
-            sizes[name] = nbytes(Shapes(teacher.backbone).transformer())
+        for weights, size in _weights(teacher, shapes, notes):
+            if weights not in carried:
+                carried.add(weights)
+                sizes[name] = sizes.get(name, 0.0) + size
     return sizes
+
+
+def _weights(teacher: Teacher, shapes: Shapes, notes: list[str]) -> Iterator[tuple[Hashable, float]]:
+    """What a teacher brings to the device, and its bytes."""
+    for part in parts_of([teacher]):
+        if isinstance(part, LoRATeacher):
+            yield part.source, shapes.adapter_bytes(_known_spec(part.source, notes))
+        elif isinstance(part, FullTeacher):
+            model = Shapes(part.backbone)
+            yield part.backbone.identity, nbytes(model.transformer())
+            if part.adapter is not None:
+                yield (part.backbone.identity, part.adapter), model.adapter_bytes(_known_spec(part.adapter, notes))
 
 
 def optimizer_bytes(make: OptimizerCallable, network: nn.Module) -> float:

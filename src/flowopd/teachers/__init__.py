@@ -1,7 +1,20 @@
 """Velocity fields to learn from."""
 
 from flowopd.teachers.base import BaseTeacher, FullTeacher, LoRATeacher, Teacher
+from flowopd.teachers.composed import Beyond, Blend, Composed, Piecewise
 from flowopd.teachers.router import Router
 from flowopd.teachers.teaching import Role, Teaching
 
-__all__ = ["BaseTeacher", "FullTeacher", "LoRATeacher", "Role", "Router", "Teacher", "Teaching"]
+__all__ = [
+    "BaseTeacher",
+    "Beyond",
+    "Blend",
+    "Composed",
+    "FullTeacher",
+    "LoRATeacher",
+    "Piecewise",
+    "Role",
+    "Router",
+    "Teacher",
+    "Teaching",
+]

@@ -1,10 +1,11 @@
 """The Teacher protocol, and its three kinds: an adapter, the base itself, a second model."""
 
 import hashlib
+from collections.abc import Hashable
 from typing import Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowopd.core.ranges import within
 from flowopd.core.shown import Shown
@@ -79,6 +80,11 @@ class LoRATeacher:
         """A digest of what the adapter changes."""
         return self._fingerprint
 
+    @property
+    def identity(self) -> Hashable:
+        """Network, adapter and guidance: teachers that agree in these are asked once."""
+        return id(self._backbone), self.source, self.guidance_scale
+
 
 class BaseTeacher(Shown):
     """The backbone without any adapter: the reference policy of GRPO's KL.
@@ -107,9 +113,16 @@ class BaseTeacher(Shown):
         """The base has nothing of its own to change."""
         return "base"
 
+    @property
+    def identity(self) -> Hashable:
+        """Network and guidance: teachers that agree in these are asked once."""
+        return id(self._backbone), None, self.guidance_scale
+
 
 class FullTeacher(Shown):
-    """A fully fine-tuned model of its own, with the text encodings of the shared backbone.
+    """A model of its own, of any size, on the same latents, with the text encodings of the shared backbone.
+
+    Teachers of one model carry it once, each with its own adapter.
 
     Args:
         backbone: the second model: a pipeline, or a folder of its transformer alone. Its text encoders and its
@@ -117,38 +130,68 @@ class FullTeacher(Shown):
         guidance_scale: the teacher's own guidance; 1 for none. Default: none, with a warning beside a guided student.
         device: where it lives, such as ``cuda:1`` or ``cpu``; default: beside the shared backbone. States go there, and
             velocities come back.
+        adapter: a LoRA on it; default: the model as it is, such as one that was fully fine-tuned.
     """
 
-    def __init__(self, backbone: Backbone, guidance_scale: float | None = None, device: str | None = None) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        guidance_scale: float | None = None,
+        device: str | None = None,
+        adapter: str | AdapterSource | None = None,
+    ) -> None:
         self.backbone = backbone
         within(0.0, 100.0, guidance_scale=guidance_scale)
         self.guidance_scale = 1.0 if guidance_scale is None else guidance_scale
         self._states_guidance = guidance_scale is not None
         self.device = device
+        self.adapter = AdapterSource(adapter) if isinstance(adapter, str) else adapter
+        self._field = _field(self.adapter, guidance_scale)
 
     def attach(self, backbone: Backbone) -> None:
-        """Read the second model.
+        """Read the second model, unless another teacher did, and put the adapter on it.
 
         Raises:
             FileNotFoundError: if it is not there.
-            ValueError: if a file is corrupt or of another kind of model, or the two do not speak of the same latents.
+            ValueError: if a file is corrupt or of another kind of model, the two do not speak of the same latents, or
+                the adapter does not fit.
         """
+        self.backbone = backbone.companions.setdefault((self.backbone.identity, self.device), self.backbone)
         self.backbone.load(self.device or next(backbone.network.parameters()).device)
         self.backbone.read_with(backbone)
+        self._field.attach(self.backbone)
 
     @torch.no_grad()
     def velocity(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
         """Return the guided velocity (B, C, H, W), where x is."""
         there = next(self.backbone.network.parameters()).device
-        states = x.to(there), sigma.to(there), cond.to(there)
-        return self.backbone.velocity(*states, None, self.guidance_scale).to(x.device)
+        return self._field.velocity(x.to(there), sigma.to(there), cond.to(there)).to(x.device)
 
     def fingerprint(self) -> str:
-        """A digest of every parameter's sum and shape."""
+        """A digest of every parameter's sum and shape, and of the adapter."""
         digest = hashlib.sha256()
-        for key, value in sorted(self.backbone.network.state_dict().items()):
+        for key, value in sorted(_own(self.backbone.network).items()):
             digest.update(f"{key} {tuple(value.shape)} {value.double().sum().item()!r}".encode())
+        if self.adapter is not None:
+            digest.update(self._field.fingerprint().encode())
         return digest.hexdigest()[:16]
+
+    @property
+    def identity(self) -> Hashable:
+        """Model, adapter and guidance: teachers that agree in these are asked once."""
+        return self.backbone.identity, self.device, self._field.identity
+
+
+def _field(adapter: AdapterSource | None, guidance_scale: float | None) -> LoRATeacher | BaseTeacher:
+    if adapter is None:
+        return BaseTeacher(guidance_scale)
+    return LoRATeacher(adapter.path, adapter.subfolder, adapter.revision, guidance_scale)
+
+
+def _own(network: nn.Module) -> dict[str, Tensor]:
+    """A network's own tensors, under the names they have without adapters."""
+    state = network.state_dict().items()
+    return {key.replace(".base_layer.", "."): value for key, value in state if ".lora_" not in key}
 
 
 def guidance_of(teacher: Teacher) -> float | None:

@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from flowopd.core.shown import Shown
 from flowopd.records import Conditioning
 from flowopd.teachers.base import Teacher
+from flowopd.teachers.composed import ask
 
 
 class Router(Shown):
@@ -21,6 +21,7 @@ class Router(Shown):
     References:
         Flow-OPD (arXiv 2605.08063), hard routing.
 
+    >>> import torch
     >>> class Constant(Shown):
     ...     def __init__(self, value: float) -> None:
     ...         self.value = value
@@ -50,21 +51,13 @@ class Router(Shown):
 
     def velocity(self, x: Tensor, sigma: Tensor, cond: Conditioning, tasks: Sequence[str]) -> Tensor:
         """Velocity (B, C, H, W) of each row's own teacher; rows are grouped by teacher and put back in order."""
-        self.check(tasks)
-        groups = self._groups(tasks)
-        if len(groups) == 1:
-            return groups[0][0].velocity(x, sigma, cond)
-        velocity = torch.empty_like(x)
-        for teacher, rows in groups:
-            asked = rows or [0]
-            velocity[rows] = teacher.velocity(x[asked], sigma[asked], cond[asked])[: len(rows)]
-        return velocity
+        return ask({"velocity": self.groups(tasks)}, x, sigma, cond, self.lockstep)["velocity"]
 
-    def _groups(self, tasks: Sequence[str]) -> list[tuple[Teacher, list[int]]]:
-        groups: dict[int, tuple[Teacher, list[int]]] = {}
-        if self.lockstep:
-            groups = {id(teacher): (teacher, []) for teacher in self.teachers.values()}
-        for row, task in enumerate(tasks):
-            teacher = self.teachers[task]
-            groups.setdefault(id(teacher), (teacher, []))[1].append(row)
-        return list(groups.values())
+    def groups(self, tasks: Sequence[str]) -> list[tuple[Teacher, list[int]]]:
+        """Every teacher, and the rows that are of its task.
+
+        Raises:
+            ValueError: naming the tasks that have none.
+        """
+        self.check(tasks)
+        return [(teacher, [i for i, other in enumerate(tasks) if other == t]) for t, teacher in self.teachers.items()]

@@ -16,6 +16,7 @@ from flowopd.models import Backbone
 from flowopd.records import Rollout, StepBatch
 from flowopd.rollouts import Sampler
 from flowopd.teachers.base import Teacher
+from flowopd.teachers.composed import Groups, ask
 from flowopd.teachers.router import Router
 
 
@@ -68,11 +69,12 @@ class Teaching:
     @torch.no_grad()
     def label(self, batch: StepBatch, needs: frozenset[str]) -> StepBatch:
         """Add the teachers' and the anchor's velocities at the states of a batch, where they are needed."""
+        wanted: dict[str, Groups] = {}
         if "target" in needs and batch.labels.target is None:
-            batch = batch.label(target=self.router.velocity(batch.x, batch.sigma, batch.cond, batch.tasks))
+            wanted["target"] = self.router.groups(batch.tasks)
         if "anchor" in needs and self.anchor is not None:
-            batch = batch.label(anchor=self.anchor.teacher.velocity(batch.x, batch.sigma, batch.cond))
-        return batch
+            wanted["anchor"] = [(self.anchor.teacher, range(len(batch.x)))]
+        return batch.label(**ask(wanted, batch.x, batch.sigma, batch.cond, self.router.lockstep))
 
     @torch.no_grad()
     def label_trajectory(self, rollout: Rollout, sampler: Sampler) -> Rollout:

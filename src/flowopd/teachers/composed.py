@@ -1,0 +1,237 @@
+"""Teachers made of teachers: weighted sums of velocities, and the fewest forwards that answer them."""
+
+import copy
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from flowopd.core.shown import Shown
+from flowopd.core.tensors import expand_like
+from flowopd.models import Backbone
+from flowopd.records import Conditioning
+from flowopd.teachers.base import Teacher
+
+Groups = Sequence[tuple[Teacher, Sequence[int]]]
+"""Teachers, and the rows of a batch that each of them answers."""
+
+
+class Composed(Shown, ABC):
+    """A teacher whose velocity is a weighted sum of other teachers',  v = Σ_k w_k(σ) · v_k.
+
+    Args:
+        teachers: whose velocities are summed; composed ones, too.
+    """
+
+    def __init__(self, teachers: Sequence[Teacher]) -> None:
+        self.teachers = list(teachers)
+
+    @abstractmethod
+    def shares(self, sigma: Tensor) -> list[Tensor]:
+        """Return w_k, (B,) of each teacher, at noise levels σ (B,)."""
+
+    @abstractmethod
+    def numbers(self) -> str:
+        """All numbers of the composition as text, for its fingerprint."""
+
+    def attach(self, backbone: Backbone) -> None:
+        """Attach every teacher."""
+        for teacher in self.teachers:
+            teacher.attach(backbone)
+
+    @torch.no_grad()
+    def velocity(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+        """Return the composed velocity (B, C, H, W)."""
+        return ask({"velocity": [(self, range(len(x)))]}, x, sigma, cond)["velocity"]
+
+    def fingerprint(self) -> str:
+        """A digest of the teachers' fingerprints and of the numbers that compose them."""
+        facts = [type(self).__name__, self.numbers(), *(teacher.fingerprint() for teacher in self.teachers)]
+        return hashlib.sha256(" ".join(facts).encode()).hexdigest()[:16]
+
+    def over(self, teachers: Sequence[Teacher]) -> Self:
+        """The same composition of other teachers."""
+        twin = copy.copy(self)
+        twin.teachers = list(teachers)
+        return twin
+
+
+class Beyond(Composed):
+    """A teacher, exaggerated against a reference,  v = v_ref + λ · (v_T - v_ref).
+
+    λ > 1 goes beyond the teacher, 1 is the teacher, between 0 and 1 lies between the two. A step of such a field is the
+    Gaussian in proportion to  p_T^λ · p_ref^(1-λ).
+
+    Args:
+        teacher: T.
+        reference: ref: the base, or what the student starts from.
+        strength: λ.
+
+    References:
+        GFD-OPD (arXiv 2609.39692), λ = 1.25; STEP-OPD (arXiv 2608.04887).
+
+    >>> from flowopd.teachers import BaseTeacher, LoRATeacher
+    >>> Beyond(LoRATeacher("org/ocr"), BaseTeacher(), strength=1.5).shares(torch.tensor([0.8, 0.2]))
+    [tensor([1.5000, 1.5000]), tensor([-0.5000, -0.5000])]
+    """
+
+    def __init__(self, teacher: Teacher, reference: Teacher, strength: float = 1.25) -> None:
+        super().__init__([teacher, reference])
+        self.strength = strength
+
+    @property
+    def teacher(self) -> Teacher:
+        """T."""
+        return self.teachers[0]
+
+    @property
+    def reference(self) -> Teacher:
+        """ref."""
+        return self.teachers[1]
+
+    def shares(self, sigma: Tensor) -> list[Tensor]:
+        """Return λ and 1 - λ."""
+        return [torch.full_like(sigma, self.strength), torch.full_like(sigma, 1 - self.strength)]
+
+    def numbers(self) -> str:
+        """Return λ."""
+        return repr(float(self.strength))
+
+
+@dataclass(frozen=True)
+class Piecewise:
+    """A share that changes with the noise level: straight lines between points, constant outside.
+
+    Args:
+        points: (σ, share), by rising σ; two of one σ are a jump, and that σ belongs to the later of them.
+
+    Raises:
+        ValueError: unless there are two points or more, by rising σ, of no negative share.
+
+    >>> Piecewise([(0.2, 1.0), (0.6, 0.0)]).at(torch.tensor([0.1, 0.3, 1.0]))
+    tensor([1.0000, 0.7500, 0.0000])
+    """
+
+    points: list[tuple[float, float]]
+
+    def __post_init__(self) -> None:
+        rising = all(left <= right for (left, _), (right, _) in pairwise(self.points))
+        if len(self.points) < 2 or not rising or any(share < 0 for _, share in self.points):
+            raise ValueError(f"points are {self.points}; expected two or more (σ, share) by rising σ, no share below 0")
+
+    def at(self, sigma: Tensor) -> Tensor:
+        """Return the share at noise levels σ (B,)."""
+        levels, shares = torch.tensor(self.points, dtype=sigma.dtype).T.contiguous()
+        right = torch.searchsorted(levels, sigma.contiguous(), right=True).clamp(1, len(levels) - 1)
+        start, width = levels[right - 1], levels[right] - levels[right - 1]
+        along = torch.where(width > 0, (sigma - start) / width, (sigma >= start).to(sigma)).clamp(0, 1)
+        return torch.lerp(shares[right - 1], shares[right], along)
+
+
+class Blend(Composed):
+    """Several teachers at once, the paper's soft routing,  v = Σ_k α_k(σ) · v_k,  α_k = s_k / Σ_j s_j.
+
+    A step of such a field is the Gaussian in proportion to  Π_k p_k^α_k. For shares by task, α_k(c), give each task a
+    blend of its own: teachers that several blends share are asked once.
+
+    Args:
+        teachers: whose velocities are blended.
+        weights: s_k: a number, or a ``Piecewise`` in σ, for each teacher; only their proportions matter.
+
+    Raises:
+        ValueError: if a weight is missing or negative, or all are 0 at some noise level.
+
+    References:
+        Flow-OPD (arXiv 2605.08063), appendix: soft weights α_k.
+
+    >>> from flowopd.teachers import BaseTeacher, LoRATeacher
+    >>> Blend([LoRATeacher("org/ocr"), BaseTeacher()], [3, Piecewise([(0.0, 1.0), (1.0, 3.0)])]).shares(torch.ones(1))
+    [tensor([0.5000]), tensor([0.5000])]
+    """
+
+    def __init__(self, teachers: list[Teacher], weights: list[float | Piecewise]) -> None:
+        super().__init__(teachers)
+        self.weights = list(weights)
+        if len(weights) != len(teachers):
+            raise ValueError(f"there are {len(weights)} weights for {len(teachers)} teachers; expected one each")
+        if any(share < 0 for share in self.weights if not isinstance(share, Piecewise)):
+            raise ValueError(f"weights of a blend are {weights}; expected none below 0 (Beyond goes further)")
+        points = [sigma for share in self.weights if isinstance(share, Piecewise) for sigma, _ in share.points]
+        if bool((self._given(torch.tensor([0.0, *points, 1.0])).sum(0) <= 0).any()):
+            raise ValueError(f"weights of a blend are {weights}, all 0 at some noise level; expected one above 0")
+
+    def _given(self, sigma: Tensor) -> Tensor:
+        """s_k, (K, B)."""
+        weights = self.weights
+        return torch.stack([s.at(sigma) if isinstance(s, Piecewise) else torch.full_like(sigma, s) for s in weights])
+
+    def shares(self, sigma: Tensor) -> list[Tensor]:
+        """Return α_k."""
+        given = self._given(sigma)
+        return list(given / given.sum(0))
+
+    def numbers(self) -> str:
+        """Return s_k."""
+        return repr([share if isinstance(share, Piecewise) else float(share) for share in self.weights])
+
+
+def ask(
+    wanted: Mapping[str, Groups], x: Tensor, sigma: Tensor, cond: Conditioning, lockstep: bool = False
+) -> dict[str, Tensor]:
+    """Velocities of several teachers at one batch of states, by one forward of every part that they have in common.
+
+    A composed teacher is asked part by part, and only about rows where a part has a weight. Parts of the same network,
+    adapter and guidance are one, whoever they belong to.
+
+    Args:
+        wanted: by name of an answer, which teacher answers which rows.
+        x, sigma, cond: B states.
+        lockstep: ask every part that is named, if need be about a row whose answer is dropped, so that their number
+            does not depend on the rows.
+
+    Returns:
+        By name, (B, C, H, W); 0 in rows that nobody answers.
+    """
+    levels = sigma.cpu()
+    tables: dict[Hashable, tuple[Teacher, Tensor]] = {}
+    for number, groups in enumerate(wanted.values()):
+        for teacher, rows in groups:
+            for part, weight in parts(teacher, levels):
+                _, table = tables.setdefault(identity(part), (part, torch.zeros(len(wanted), len(x))))
+                table[number, rows] += weight[rows]
+    answers = {name: torch.zeros_like(x) for name in wanted}
+    for part, table in tables.values():
+        rows = table.any(0).nonzero().flatten().tolist()
+        if not rows and not lockstep:
+            continue
+        asked = slice(None) if len(rows) == len(x) else rows or [0]
+        velocity = part.velocity(x[asked], sigma[asked], cond[asked])[: len(rows)]
+        for answer, weight in zip(answers.values(), table[:, rows].to(x), strict=True):
+            answer[rows] += expand_like(weight, velocity) * velocity
+    return answers
+
+
+def parts(teacher: Teacher, sigma: Tensor) -> Iterator[tuple[Teacher, Tensor]]:
+    """What a teacher is made of in the end, itself if of no others, with weights (B,) at noise levels σ (B,)."""
+    if not isinstance(teacher, Composed):
+        yield teacher, torch.ones_like(sigma)
+        return
+    for inner, share in zip(teacher.teachers, teacher.shares(sigma), strict=True):
+        for part, weight in parts(inner, sigma):
+            yield part, share * weight
+
+
+def parts_of(teachers: Iterable[Teacher]) -> list[Teacher]:
+    """What teachers are made of in the end, each once."""
+    found = {identity(part): part for teacher in teachers for part, _ in parts(teacher, torch.ones(1))}
+    return list(found.values())
+
+
+def identity(teacher: Teacher) -> Hashable:
+    """Its network, adapter and guidance: what tells two teachers apart; of an unknown kind, the object itself."""
+    return getattr(teacher, "identity", id(teacher))

@@ -16,6 +16,7 @@ _HOMES = {
         "AnchorCallback",
         "ColdStart",
         "DriftMetrics",
+        "FixedStateKL",
         "FlowPolicy",
         "GRPOTeacher",
         "Guard",

@@ -3,6 +3,7 @@
 from flowopd.training.callbacks.drift import DriftMetrics
 from flowopd.training.callbacks.ema import EMA
 from flowopd.training.callbacks.export import AdapterExport
+from flowopd.training.callbacks.fixed_states import FixedStateKL
 from flowopd.training.callbacks.guard import Guard
 from flowopd.training.callbacks.pictures import ImageGrid, PictureFolder
 from flowopd.training.callbacks.progress import Progress
@@ -21,6 +22,7 @@ __all__ = [
     "AnchorCallback",
     "ColdStart",
     "DriftMetrics",
+    "FixedStateKL",
     "FlowPolicy",
     "GRPOTeacher",
     "Guard",

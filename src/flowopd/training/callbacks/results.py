@@ -21,6 +21,7 @@ from flowopd.rollouts import VelocityField
 from flowopd.teachers import BaseTeacher
 from flowopd.training.callbacks.around import data_of, on_device, policy_of, run_folder
 from flowopd.training.callbacks.ema import averaged
+from flowopd.training.callbacks.fixed_states import fixed_kl
 from flowopd.training.policy import FlowPolicy
 
 
@@ -101,12 +102,12 @@ def models(policy: FlowPolicy) -> dict[str, VelocityField]:
 
 @torch.no_grad()
 def evaluate(policy: FlowPolicy, field: VelocityField, name: str) -> dict[str, float]:
-    """Mean scores of a velocity field on all held-out prompts, by reward."""
+    """Mean scores of a velocity field on all held-out prompts, by reward, and its distance to the teachers if asked."""
     board = Scoreboard.of(policy.signals.judging).to(policy.device)
     loader = data_of(policy.trainer).evaluation_loader()
     for batch in _watched(loader, f"scoring {name}", policy.trainer.is_global_zero):
         board.update(policy.columns(batch, field), batch.counted)
-    return policy.evaluated(name, board)
+    return policy.evaluated(name, board) | fixed_kl(policy, field)
 
 
 def show(table: dict[str, dict[str, float]]) -> None:

@@ -30,6 +30,7 @@ class GRPOTeacher(FlowPolicy):
     """Flow-GRPO. One reward makes a teacher; several weighted ones, on mixed or alternating tasks, make GRPO-Mix.
 
     A KL to the base model is ``Anchored(ClippedSurrogate(...))`` with an ``AnchorCallback`` around a ``BaseTeacher``.
+    Reward and distillation together are a ``WeightedSum`` of both objectives, with rewards and teachers as callbacks.
 
     Args:
         backbone: the frozen model.
@@ -74,7 +75,8 @@ class GRPOTeacher(FlowPolicy):
         metrics["reward/equal_groups"] = _equal_groups(rewards, group_size)
         advantage = self._advantage(rewards, group_size)[:, None].expand(-1, self.sampler.num_steps)
         shares = advantage.split([len(rollout.prompts) for rollout in rollouts])
-        return [rollout.label(advantage=rows).log(metrics) for rollout, rows in zip(rollouts, shares, strict=True)]
+        taught = super().label(rollouts, group_size)
+        return [rollout.label(advantage=rows).log(metrics) for rollout, rows in zip(taught, shares, strict=True)]
 
     def _what_was_begun(
         self, rollouts: Sequence[Rollout]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from flowopd.core.objectives import Objective, TransitionKL
@@ -26,3 +27,16 @@ class OPDStudent(FlowPolicy):
 
     def __init__(self, backbone: Backbone, objective: Objective | None = None, **options: Any) -> None:
         super().__init__(backbone, objective or TransitionKL(), **options)
+
+    def check(self, tasks: Sequence[str]) -> None:
+        """Raise unless teachers alone provide what training on these tasks needs.
+
+        Raises:
+            ValueError: saying what is missing.
+        """
+        if "advantage" in self.needs():
+            raise ValueError(
+                "the objective needs advantages, but an OPDStudent calls no reward; train it as a flowopd.GRPOTeacher, "
+                "which learns from rewards and from teachers"
+            )
+        super().check(tasks)

@@ -29,6 +29,7 @@ from transformers.utils.logging import disable_progress_bar as hide_transformers
 from typing_extensions import override
 
 from flowopd.cli.folders import folder_of, read_checkpoint
+from flowopd.cli.given import check_files, check_given
 from flowopd.cli.resume import check_changes, settings
 from flowopd.cli.sentences import meant, sentence_of
 from flowopd.preflight.check import SelfCheck
@@ -81,8 +82,10 @@ class FlowCLI(LightningCLI):
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        words = sys.argv[1:]
-        self.config = parser.parse_args([self.verb, *words[1:]] if self.verb else words)
+        words = [self.verb or sys.argv[1], *sys.argv[2:]]
+        check_files(words)
+        self.config = parser.parse_args(words)
+        check_given(self.config[words[0]].as_dict())
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """What a run has besides a model, data and a trainer."""
@@ -111,6 +114,8 @@ class FlowCLI(LightningCLI):
         """Whatever refuses what it is given while things are built, here or in a library, refuses the input."""
         try:
             super().instantiate_classes()
+            if isinstance(self.datamodule, RolloutDataModule):
+                _recipe(self.model)
         except (ValueError, RuntimeError, OSError, MisconfigurationException) as error:
             raise BadInput(sentence_of(meant(error) or error)) from error
 

@@ -139,7 +139,7 @@ def _told(leaves: list[Leaf]) -> str:
     if "a number" in kinds:
         kinds.pop("a whole number", None)
     got = next((leaf.got for leaf in leaves if leaf.got is not None), None)
-    found = "" if got is None else f" is {_cut(got, 60) or 'empty'}"
+    found = " is not understood" if got is None or "Namespace(" in got else f" is {_cut(got, 60) or 'empty'}"
     return f"{leaves[0].place}{found}; expected {' or '.join(kinds)}"
 
 

@@ -33,7 +33,7 @@ def check_files(words: Sequence[str]) -> None:
 
 
 def check_given(config: Mapping[str, Any]) -> None:
-    """Raise unless the numbers of the trainer and the seed are in range, and null is given only where it means something.
+    """Raise unless the numbers of the trainer and the seed are in range, and null stands only where it means something.
 
     Raises:
         ValueError: naming the option.

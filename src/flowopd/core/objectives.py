@@ -96,10 +96,10 @@ class TransitionKL(Shown):
         DiffusionOPD (arXiv 2605.15055); the first term of the reverse KL's gradient.
 
     >>> from flowopd.core import FlowSDE
-    >>> x, sigma, sigma_next = torch.zeros(1, 4, 2, 2), torch.tensor([0.8]), torch.tensor([0.6])
-    >>> student = FlowSDE().step(x, velocity=x, sigma=sigma, sigma_next=sigma_next)
+    >>> x, sigma = torch.zeros(1, 4, 2, 2), torch.tensor([0.8])
+    >>> student = FlowSDE().step(x, velocity=x, sigma=sigma, sigma_next=sigma / 2)
     >>> TransitionKL().loss(student, Labels(target=x + 1))[0], student.kl(student.shifted_to(x + 1))
-    (tensor(0.0791), tensor([0.0791]))
+    (tensor(0.1582), tensor([0.1582]))
     """
 
     needs = frozenset({"target"})
@@ -154,11 +154,9 @@ class ClippedSurrogate(Shown):
         PPO (arXiv 1707.06347), Eq. 7; Flow-GRPO (arXiv 2505.05470).
 
     >>> from flowopd.core import FlowSDE
-    >>> x, sigma, sigma_next = torch.zeros(1, 4, 2, 2), torch.tensor([0.8]), torch.tensor([0.6])
-    >>> student = FlowSDE().step(x, velocity=x, sigma=sigma, sigma_next=sigma_next)
-    >>> x_next = student.mean + 0.1  # what the rollout went on with
-    >>> log_prob_old = student.log_prob(x_next)
-    >>> labels = Labels(x_next=x_next, log_prob_old=log_prob_old, advantage=torch.tensor([2.0]))
+    >>> x, sigma = torch.zeros(1, 4, 2, 2), torch.tensor([0.8])
+    >>> student = FlowSDE().step(x, velocity=x, sigma=sigma, sigma_next=sigma / 2)
+    >>> labels = Labels(x_next=x + 0.1, log_prob_old=student.log_prob(x + 0.1), advantage=torch.tensor([2.0]))
     >>> loss, metrics = ClippedSurrogate().loss(student, labels)
     >>> loss, metrics["policy/ratio"]
     (tensor(-2.), tensor(1.))
@@ -187,13 +185,11 @@ class LogRatioSurrogate(Shown):
         clip_range: ε of the surrogate; infinity for none.
 
     >>> from flowopd.core import FlowSDE
-    >>> x, sigma, sigma_next = torch.zeros(1, 4, 2, 2), torch.tensor([0.8]), torch.tensor([0.6])
-    >>> student = FlowSDE().step(x, velocity=x, sigma=sigma, sigma_next=sigma_next)
-    >>> x_next = student.mean + 0.1  # what the rollout went on with
-    >>> log_prob_old = student.log_prob(x_next)
-    >>> labels = Labels(x_next=x_next, log_prob_old=log_prob_old, target=x - 1)
+    >>> x, sigma = torch.zeros(1, 4, 2, 2), torch.tensor([0.8])
+    >>> student = FlowSDE().step(x, velocity=x, sigma=sigma, sigma_next=sigma / 2)
+    >>> labels = Labels(x_next=x + 0.1, log_prob_old=student.log_prob(x + 0.1), target=x - 0.2)
     >>> LogRatioSurrogate().loss(student, labels)[0]  # a teacher that makes what was sampled likelier: A > 0
-    tensor(0.2490)
+    tensor(-0.1020)
     """
 
     needs = frozenset({"x_next", "log_prob_old", "target"})
@@ -222,11 +218,9 @@ class ReturnToGo(Shown):
         clip_range: ε of the surrogate; infinity for none.
 
     >>> from flowopd.core import FlowSDE
-    >>> x, sigma, sigma_next = torch.zeros(1, 4, 2, 2), torch.tensor([0.8]), torch.tensor([0.6])
-    >>> student = FlowSDE().step(x, velocity=x, sigma=sigma, sigma_next=sigma_next)
-    >>> x_next = student.mean + 0.1  # what the rollout went on with
-    >>> log_prob_old = student.log_prob(x_next)
-    >>> labels = Labels(x_next=x_next, log_prob_old=log_prob_old, target=x + 1, kl_to_go=torch.tensor([0.25]))
+    >>> x, sigma = torch.zeros(1, 4, 2, 2), torch.tensor([0.8])
+    >>> student = FlowSDE().step(x, velocity=x, sigma=sigma, sigma_next=sigma / 2)
+    >>> labels = Labels(x_next=x + 0.1, log_prob_old=student.log_prob(x + 0.1), kl_to_go=torch.tensor([0.25]))
     >>> ReturnToGo(pathwise=False).loss(student, labels)[0]  # D · 0.25
     tensor(4.)
     """
@@ -262,11 +256,9 @@ class StateRewardSurrogate(Shown):
         Flow-OPD (arXiv 2605.08063), Eq. 10-11.
 
     >>> from flowopd.core import FlowSDE
-    >>> x, sigma, sigma_next = torch.zeros(1, 4, 2, 2), torch.tensor([0.8]), torch.tensor([0.6])
-    >>> student = FlowSDE().step(x, velocity=x, sigma=sigma, sigma_next=sigma_next)
-    >>> x_next = student.mean + 0.1  # what the rollout went on with
-    >>> log_prob_old = student.log_prob(x_next)
-    >>> labels = Labels(x_next=x_next, log_prob_old=log_prob_old, state_kl=torch.tensor([0.25]))
+    >>> x, sigma = torch.zeros(1, 4, 2, 2), torch.tensor([0.8])
+    >>> student = FlowSDE().step(x, velocity=x, sigma=sigma, sigma_next=sigma / 2)
+    >>> labels = Labels(x_next=x + 0.1, log_prob_old=student.log_prob(x + 0.1), state_kl=torch.tensor([0.25]))
     >>> StateRewardSurrogate().loss(student, labels)[0]
     tensor(0.2500)
     """
@@ -299,13 +291,11 @@ class ReleasedKL(Shown):
         The released code of Flow-OPD (arXiv 2605.08063).
 
     >>> from flowopd.core import FlowSDE
-    >>> x, sigma, sigma_next = torch.zeros(1, 4, 2, 2), torch.tensor([0.8]), torch.tensor([0.6])
-    >>> student = FlowSDE().step(x, velocity=x, sigma=sigma, sigma_next=sigma_next)
-    >>> x_next = student.mean + 0.1  # what the rollout went on with
-    >>> log_prob_old = student.log_prob(x_next)
-    >>> labels = Labels(x_next=x_next, log_prob_old=log_prob_old, target=x + 1)
+    >>> x, sigma = torch.zeros(1, 4, 2, 2), torch.tensor([0.8])
+    >>> student = FlowSDE().step(x, velocity=x, sigma=sigma, sigma_next=sigma / 2)
+    >>> labels = Labels(x_next=x + 0.1, log_prob_old=student.log_prob(x + 0.1), target=x + 1)
     >>> ReleasedKL().loss(student, labels)[0], TransitionKL(Released()).loss(student, labels)[0]
-    (tensor(0.0158), tensor(0.0158))
+    (tensor(0.0633), tensor(0.0633))
     """
 
     needs = frozenset({"x_next", "log_prob_old", "target"})

@@ -118,9 +118,10 @@ def said(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def run_seed(monkeypatch):
-    """Give the run a seed."""
-    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
-    monkeypatch.delenv("PL_SEED_WORKERS", raising=False)
+    """Give the run a seed, which the next test knows nothing of."""
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
+        monkeypatch.setenv(name, "0")
+        monkeypatch.delenv(name)
     return partial(seed_everything, verbose=False)
 
 

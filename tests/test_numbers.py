@@ -9,6 +9,7 @@ import pytest
 from tiny import Brightness, Words, backbone
 
 from flowopd.core import LinearSchedule, TransitionKL
+from flowopd.teachers import BaseTeacher
 
 HOMES = ("flowopd", "flowopd.core", "flowopd.rollouts", "flowopd.rewards", "flowopd.prompts", "flowopd.tiles")
 HOMES += ("flowopd.evaluation", "flowopd.models", "flowopd.teachers", "flowopd.training", "flowopd.training.pretrain")
@@ -51,6 +52,9 @@ NEEDED = {  # what a class cannot be made without
     "a": 1.0,
     "b": 1.0,
     "schedule": LinearSchedule(),
+    "teacher": BaseTeacher(),
+    "reference": BaseTeacher(),
+    "teachers": [BaseTeacher(), BaseTeacher()],
 }
 MEANT = {("Merge", "rank"): {"method": "svd"}, ("WeightedSum", "weights"): {"objectives": [TransitionKL()] * 2}}
 KEYS = {"tags": "counting", "drift": "sharpness"}  # of a table of numbers
@@ -96,7 +100,7 @@ def shaped(annotation: str, value: object, key: str) -> object:
     if annotation.startswith("dict") or "Mapping" in annotation:
         return {key: (value, value) if "tuple" in annotation else value}
     if annotation.startswith("list"):
-        return [value, 1.0]
+        return [(value, value), (1.0, 1.0)] if "tuple" in annotation else [value, 1.0]
     return (value, value) if annotation.startswith("tuple") else value
 
 

@@ -11,6 +11,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from flowopd.core.ranges import at_least, within
 from flowopd.core.shown import Shown
 from flowopd.core.tensors import expand_like
 from flowopd.models import Backbone
@@ -72,6 +73,9 @@ class Beyond(Composed):
         reference: ref: the base, or what the student starts from.
         strength: λ.
 
+    Raises:
+        ValueError: if λ is negative.
+
     References:
         GFD-OPD (arXiv 2609.39692), λ = 1.25; STEP-OPD (arXiv 2608.04887).
 
@@ -81,6 +85,7 @@ class Beyond(Composed):
     """
 
     def __init__(self, teacher: Teacher, reference: Teacher, strength: float = 1.25) -> None:
+        at_least(0.0, strength=strength)
         super().__init__([teacher, reference])
         self.strength = strength
 
@@ -111,7 +116,7 @@ class Piecewise:
         points: (σ, share), by rising σ; two of one σ are a jump, and that σ belongs to the later of them.
 
     Raises:
-        ValueError: unless there are two points or more, by rising σ, of no negative share.
+        ValueError: unless there are two points or more, by rising σ in [0, 1], of no negative share.
 
     >>> Piecewise([(0.2, 1.0), (0.6, 0.0)]).at(torch.tensor([0.1, 0.3, 1.0]))
     tensor([1.0000, 0.7500, 0.0000])
@@ -120,9 +125,12 @@ class Piecewise:
     points: list[tuple[float, float]]
 
     def __post_init__(self) -> None:
+        for number, (sigma, share) in enumerate(self.points):
+            within(0.0, 1.0, **{f"σ of points[{number}]": sigma})
+            at_least(0.0, **{f"share of points[{number}]": share})
         rising = all(left <= right for (left, _), (right, _) in pairwise(self.points))
-        if len(self.points) < 2 or not rising or any(share < 0 for _, share in self.points):
-            raise ValueError(f"points are {self.points}; expected two or more (σ, share) by rising σ, no share below 0")
+        if len(self.points) < 2 or not rising:
+            raise ValueError(f"points are {self.points}; expected two or more (σ, share) by rising σ")
 
     def at(self, sigma: Tensor) -> Tensor:
         """Return the share at noise levels σ (B,)."""
@@ -159,8 +167,8 @@ class Blend(Composed):
         self.weights = list(weights)
         if len(weights) != len(teachers):
             raise ValueError(f"there are {len(weights)} weights for {len(teachers)} teachers; expected one each")
-        if any(share < 0 for share in self.weights if not isinstance(share, Piecewise)):
-            raise ValueError(f"weights of a blend are {weights}; expected none below 0 (Beyond goes further)")
+        numbers = {f"weights[{k}]": w for k, w in enumerate(self.weights) if not isinstance(w, Piecewise)}
+        at_least(0.0, **numbers)
         points = [sigma for share in self.weights if isinstance(share, Piecewise) for sigma, _ in share.points]
         if bool((self._given(torch.tensor([0.0, *points, 1.0])).sum(0) <= 0).any()):
             raise ValueError(f"weights of a blend are {weights}, all 0 at some noise level; expected one above 0")

@@ -258,7 +258,7 @@ def test_a_stock_strategy_that_would_let_the_ranks_drift_apart_is_refused(tiny_p
     def refuse():
         trainer = tiny.trainer(tmp_path, teachers(experts), strategy=ModelParallelStrategy(), devices=2)
         with pytest.raises(ValueError, match="strategy ModelParallelStrategy is not supported; use ddp, fsdp2"):
-            trainer.fit(tiny.policy(OPDStudent, tiny_pipeline), tiny.data())
+            trainer.fit(tiny.policy(OPDStudent, tiny_pipeline), tiny.data(*TASKS))
 
     run_ranks(refuse)
 

@@ -4,6 +4,7 @@ import hashlib
 import os
 import re
 import shutil
+import signal
 import sys
 import threading
 from functools import partial
@@ -13,6 +14,7 @@ import pytest
 import tiny
 import torch
 from lightning import Callback
+from safetensors.torch import load_file
 from torch.optim import lr_scheduler
 
 from flowopd.cli.folders import folder_of
@@ -192,8 +194,11 @@ def test_the_last_whole_iteration_is_saved_whatever_ends_the_run(fit, tmp_path):
             if trainer.current_epoch == 2:
                 raise OSError("the disk of the prompts is gone")
 
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    before = [signal.getsignal(signum) for signum in signals]
     with pytest.raises(OSError, match="gone"):
         fit(4, Fails())
+    assert [signal.getsignal(signum) for signum in signals] == before
     fit(4, goes_on=True)
     resumed = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
     fit(4)
@@ -325,7 +330,7 @@ SMALL = {
     "trainer.default_root_dir": "run",
     "trainer.max_epochs": "2",
     "trainer.check_val_every_n_epoch": "2",
-    "trainer.accumulate_grad_batches": "2",
+    "updates_per_iteration": "1",
     "data.init_args.evaluation_count": "2",
     "data.init_args.prompts_per_iteration": "2",
     "data.init_args.batch_size": "2",
@@ -397,11 +402,14 @@ def refused(capsys):
 
 def test_a_finished_run_that_goes_on_ends_the_same(run):
     kept = [path for path in run.rglob("*") if path.is_file() and path.suffix in (".csv", ".md", ".png", ".ckpt")]
-    kept.append(run / "adapter" / "adapter_model.safetensors")
     before = {path: path.read_bytes() for path in kept}
+    adapter = load_file(run / "adapter" / "adapter_model.safetensors")
     shutil.rmtree(run / "adapter")
     command(*GO_ON)
     assert {path: path.read_bytes() for path in kept} == before
+    again = load_file(run / "adapter" / "adapter_model.safetensors")
+    assert again.keys() == adapter.keys()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in adapter.items())
     assert [path.name for path in Path().iterdir()] == ["run"]
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import shlex
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +66,8 @@ class Checkpoints(Checkpoint):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if not trainer.is_global_zero or isinstance(exception, Alarm):  # an alarm has said what is kept
             return
-        for signum in (signal.SIGINT, signal.SIGTERM):  # what is written now shall be whole
-            signal.signal(signum, signal.SIG_IGN)
-        self._write(trainer)
+        with _undisturbed():
+            self._write(trainer)
         if isinstance(exception, KeyboardInterrupt | SystemExit):
             self._say_how_to_go_on(trainer, "interrupted" if isinstance(exception, KeyboardInterrupt) else "terminated")
 
@@ -86,6 +87,17 @@ class Checkpoints(Checkpoint):
             print(f"{how}; go on with: {words}", flush=True)
         else:
             print(f"{how} before the first iteration was done; start again with the same command", flush=True)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """No second signal breaks off what is written at the first."""
+    before = {signum: signal.signal(signum, signal.SIG_IGN) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 def _copied(state: Any) -> Any:  # noqa: ANN401

@@ -95,12 +95,12 @@ class RunFolder(Callback):
     def _take(self, trainer: Trainer) -> Path:
         self._claim = Claim.of_run(self.wanted) if self.of_run else Claim.fresh(self.wanted)
         folder = self._claim.folder
+        if trainer.state.fn == TrainerFn.FITTING:
+            (folder / CHECKPOINTS).mkdir(exist_ok=True)  # before all else: by it a fit that was killed is known
         if self.write_config is not None:
             partial = folder / "config.yaml.partial"
             self.write_config(partial)
             partial.replace(folder / "config.yaml")
-        if trainer.state.fn == TrainerFn.FITTING:
-            (folder / CHECKPOINTS).mkdir(exist_ok=True)
         return folder
 
     def _let_go(self) -> None:

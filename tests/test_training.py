@@ -498,12 +498,12 @@ def flat(policy) -> Tensor:
 
 @pytest.mark.parametrize("every", [1, 2])
 def test_the_average_is_the_hand_computed_one(opd, run, expert, every):
-    """d = min(decay, (1 + n) / (10 + n)) at the n-th averaging after the first, which starts from the parameters."""
+    """d = min(decay, (1 + n) / (10 + n)) after n optimiser steps beyond the first, which starts from the parameters."""
     trail, policy = Trail(), opd(optimizer=ADAM)
     run(policy, tiny.data(), [teach(expert), trail, EMA(0.22, every)], max_epochs=4, accumulate_grad_batches=2)
     assert len(trail.steps) == 1 + 4 * 3
     average = trail.steps[0]
-    for n, parameters in enumerate(trail.steps[every::every]):
+    for n, parameters in list(enumerate(trail.steps[1:]))[every - 1 :: every]:
         decay = min(0.22, (1 + n) / (10 + n)) if n else 0.0
         average = decay * average + (1 - decay) * parameters
     torch.testing.assert_close(flat(policy), average, rtol=0, atol=1e-6)

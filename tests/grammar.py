@@ -439,7 +439,8 @@ def prompt_files(dice: random.Random) -> Iterator[Case]:
                 ("data", "init_args", "prompts", "composition"),
                 {"class_path": "flowopd.PromptFile", "init_args": source},
             )
-            yield Case("prompt files", f"{slip}, parse {parse}", **fit(tree), make=make)
+            answer = "either" if slip == "huge line" and not parse else "refused"
+            yield Case("prompt files", f"{slip}, parse {parse}", **fit(tree), make=make, answer=answer)
     for parse in (
         "flowopd.tiles.prase",
         "os",

@@ -19,6 +19,8 @@ DATA = ("data", "init_args")
 SAMPLER = (*MODEL, "sampler", "init_args")
 TEACHER = ("trainer", "callbacks", 5, "init_args", "teacher")
 CLASS, ARGS = "class_path", "init_args"
+NEAR = {CLASS: "flowopd.EMA", "init_arg": {"decay": 0.3}}
+PARSED = {CLASS: "flowopd.PromptFile", ARGS: {"path": "x.txt", "task": "text", "parse": "nowhere.parse"}}
 
 # What is written where in a recipe, or which words are added; the parser's phrase; and our answer.
 SLIPS = {
@@ -67,6 +69,20 @@ SLIPS = {
         {CLASS: "flowopd.Teacher", ARGS: {}},
         "flowopd.Teacher is a protocol; name a class",
     ),
+    "config of another type": (["--config", "list.yaml"], None, "the config holds - 1; expected a table of options"),
+    "interpolation": ((*DATA, "batch_size"), "${", r"an interpolation \$\{…\} in the config cannot be read: "),
+    "restricted null": (
+        ["--updates_per_iteration", "two"],
+        None,
+        "updates_per_iteration is two; expected a whole number",
+    ),
+    "near init_args": (("trainer", "callbacks", 8), NEAR, r"there is no 'init_arg' \(did you mean 'init_args'\?\)"),
+    "not so near": (
+        ("trainer", "callbacks", 0, ARGS, "in_averge"),
+        3,
+        r"no option 'in_averge' \(did you mean 'in_average'",
+    ),
+    "callable": ((*DATA, "prompts", "text"), PARSED, "data.prompts.parse: there is no module 'nowhere'"),
     "key of another type": ((*DATA, "ratio"), {None: 1}, "a key of the config is empty; expected a name"),
 }
 
@@ -89,6 +105,7 @@ def said(tmp_path, monkeypatch, capsys):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(command_line.LightningCLI, "_run_subcommand", lambda *_: None)
+    Path("list.yaml").write_text("- 1")
     return answer
 
 

@@ -11,6 +11,8 @@ import torch
 
 from flowopd.training.ranks.folders import CHECKPOINTS
 
+KEYS = {"state_dict", "loops", "global_step", "pytorch-lightning_version"}
+
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """A checkpoint, mapped from the disk.
@@ -27,7 +29,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except Exception:  # whatever torch finds in it, it is none of ours
             content = None
-    if not isinstance(content, dict) or not {"state_dict", "loops", "global_step"} <= content.keys():
+    if not isinstance(content, dict) or not content.keys() >= KEYS or not isinstance(content["state_dict"], dict):
         raise ValueError(f"checkpoint {str(path)!r} is not one of lightning; expected <run>/checkpoints/last.ckpt")
     return content
 

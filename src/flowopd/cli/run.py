@@ -136,7 +136,7 @@ class FlowCLI(LightningCLI):
         kwargs.setdefault("logger", folder.loggers is not None and DummyLogger())  # until there is a folder
         try:
             trainer = super().instantiate_trainer(**kwargs)
-        except TypeError as error:
+        except (TypeError, ImportError) as error:
             raise ValueError(f"trainer: {error}") from error
         if "devices" not in kwargs:  # a check runs alone, wherever it is started
             check_launch(trainer)

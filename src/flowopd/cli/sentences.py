@@ -6,6 +6,7 @@ been. Whoever made the slip meant the alternative that reads furthest; ``EXPECTE
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import re
 import sys
@@ -40,6 +41,8 @@ def meant(error: BaseException | None) -> BaseException | None:
 def sentence_of(error: BaseException) -> str:
     """Where, what, and what was perhaps meant."""
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        text = f"{str(error.filename)!r}: {error.strerror}"
     text = re.sub(r"^\w+ raised while resolving interpolation: |\n +(?:full_key|object_type)[:=].*", "", text)
     if re.search(r"Parser key \"|Problem with given class_path|raised|Union subtypes", text):
         text = _told(_furthest(list(_leaves(text))))
@@ -64,8 +67,8 @@ NOISE = re.compile(
     r"a class path \(str\)|a dict (?:with|without) |full_key: |object_type=|Expected a <class 'NoneType'>|"
     r"Subclasses are disabled for"
 )
-GIVEN = re.compile(r"(?:Not of type \w+|Expected a dot import path string): (\S+)")
-CALLABLE = re.compile(r"Type typing\.Callable.* expects a function or a callable class: ")
+GIVEN = re.compile(r"(?:Not of type \w+: (?=\S+ does not conform)|Expected a dot import path string: )(\S+)")
+CALLABLE = re.compile(r"Type \S*Callable.* expects a function or a callable class: ")
 
 
 def _leaves(text: str) -> Iterator[Leaf]:
@@ -164,8 +167,8 @@ def _explained(leaf: Leaf) -> str:
 
 def _no_option_of_class(leaf: Leaf, found: re.Match[str]) -> str:
     name = found[1].partition(".")[0]
-    if near := perhaps(name, ["init_args"]):
-        return f"there is no {name!r}{near}"
+    if difflib.get_close_matches(name, ["init_args"], cutoff=0.8):
+        return f"there is no {name!r} (did you mean 'init_args'?)"
     given = re.match(r"(?:\{'|Namespace\()class_path(?:': |=)'([\w.]+)'", leaf.got or "")
     if not (owner := leaf.owner or (given[1] if given else "")):
         return f"there is no option {name!r} here"
@@ -229,6 +232,14 @@ PHRASES: dict[str, tuple[str, Say]] = {  # a new parser may say it otherwise: te
     "abstract class": (
         r"^Expected an instantiatable class, but ([\w.]+) is (abstract|a protocol)",
         lambda _, found: f"{found[1]} is {found[2]}; name a class that implements it",
+    ),
+    "config of another type": (
+        r"^Unexpected config: (.*)",
+        lambda _, found: f"the config holds {_cut(found[1], 60)}; expected a table of options",
+    ),
+    "interpolation": (
+        r"^(?:no viable alternative at|extraneous) input .*",
+        lambda _, found: f"an interpolation ${{…}} in the config cannot be read: {found[0]}",
     ),
     "key of another type": (
         r"^Incompatible key type '(\w+)'",

@@ -26,5 +26,5 @@ def perhaps(name: str, known: Iterable[str]) -> str:
     >>> perhaps("txt", ["composition"])
     ''
     """
-    near = difflib.get_close_matches(name, list(known), 1)
+    near = difflib.get_close_matches(str(name), list(known), 1)
     return f" (did you mean {near[0]!r}?)" if near else ""

@@ -1,8 +1,8 @@
 """Several tasks in one run."""
 
 from collections.abc import Mapping
-from difflib import get_close_matches
 
+from flowopd.core.names import perhaps
 from flowopd.core.ranges import at_least
 from flowopd.prompts.base import PromptSource
 from flowopd.records import Prompt
@@ -34,10 +34,9 @@ class Mixture:
         self.ratio = dict(ratio or dict.fromkeys(sources, 1))
         self.alternate = alternate
         known = ", ".join(sorted(self.sources))
-        if strange := sorted(set(self.ratio) - set(self.sources)):
-            near = get_close_matches(strange[0], self.sources, 1)
-            perhaps = f" (did you mean {near[0]!r}?)" if near else ""
-            raise ValueError(f"ratio names task {strange[0]!r}{perhaps}, the prompts are of {known}")
+        if strange := sorted(set(self.ratio) - set(self.sources), key=str):
+            meant = perhaps(strange[0], self.sources)
+            raise ValueError(f"ratio names task {strange[0]!r}{meant}, the prompts are of {known}")
         if missing := sorted(set(self.sources) - set(self.ratio)):
             raise ValueError(f"ratio says nothing of task {missing[0]!r}, the prompts are of {known}; 0 is none of it")
         at_least(0, **{f"share of {task}": share for task, share in self.ratio.items()})

@@ -179,7 +179,7 @@ def test_shares_that_do_not_fit_are_refused():
         ValueError, match=r"6 prompts per iteration do not divide into shares \{'ocr': 1, 'geneval': 3\}"
     ):
         mixture(ratio={"ocr": 1, "geneval": 3}).draw(6, 0, 0)
-    with pytest.raises(ValueError, match=r"ratio names tasks \['ocr'\], the prompts are of \['geneval', 'ocr'\]"):
+    with pytest.raises(ValueError, match="ratio says nothing of task 'geneval', the prompts are of geneval, ocr"):
         mixture(ratio={"ocr": 1})
     with pytest.raises(ValueError, match="at least one task, got none"):
         Mixture({})

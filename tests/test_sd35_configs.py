@@ -24,7 +24,7 @@ OVERLAYS = sorted(path.stem for path in (CONFIGS / "hardware").glob("*.yaml"))
 WANTED = (
     "teacher_geneval teacher_ocr teacher_pickscore teacher_deqa grpo_mix cold_start_merge cold_start_sft opd opd_no_mar"
 )
-WANTED += " opd+sft opd+released opd+paper evaluate"
+WANTED += " opd+folded opd+sft opd+released opd+paper evaluate"
 RANKS = {"24gb": 1, "1x80gb": 1, "8x80gb_fsdp": 8, "multinode": 16}
 STUB = {"class_path": "test_sd35_configs.Redness"}
 
@@ -165,7 +165,7 @@ def test_sizes_divide_on_every_hardware(name, overlay):
         return  # nothing is trained
     prompts, rest = divmod(data["prompts_per_iteration"], RANKS[overlay])
     chunks, more = divmod(prompts * data["group_size"], data["batch_size"])
-    batches = 4 if name == "cold_start_sft" else 9
+    batches = {"cold_start_sft": 4, "opd+folded": 2}.get(name, 9)
     assert rest == more == chunks * batches % recipe["updates_per_iteration"] == 0
 
 
@@ -175,7 +175,7 @@ def test_recipes_say_what_the_sources_say(name):
     model, data = content["model"]["init_args"], content["data"]["init_args"]
     sampler = model["sampler"]["init_args"]
     assert (sampler["num_steps"], sampler["eval_steps"]) == (10, 40)
-    assert sampler.get("guidance_scale") == (None if name == "cold_start_sft" else 4.5)
+    assert sampler.get("guidance_scale") == {"cold_start_sft": None, "opd+folded": 1.0}.get(name, 4.5)
     if name.startswith("teacher_"):
         assert model["objective"]["init_args"]["strength"] == (0.01 if name.endswith("pickscore") else 0.04)
         assert (data["prompts_per_iteration"], data["group_size"]) == (48, 24)

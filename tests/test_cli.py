@@ -131,7 +131,10 @@ MISTAKES = {  # what is changed in opd.yaml, and what the answer says
     "teacher": ({"flowopd.LoRATeacher": "flowopd.LoRATeachr"}, r"teacher: flowopd has no 'LoRATeachr' .*'LoRATeacher'"),
     "no teacher at all": ({"flowopd.LoRATeacher": "flowopd.EMA"}, r"flowopd.EMA is not a Teacher$"),
     "optimizer": ({"torch.optim.AdamW": "torch.optim.AdamX"}, r"optimizer: torch.optim has no 'AdamX' .*'Adam"),
-    "task without teacher": ({f"tasks: [text]{TEACHER}": f"tasks: [txt]{TEACHER}"}, r"task .txt. .did you mean .text.\?., which this run"),
+    "task without teacher": (
+        {f"tasks: [text]{TEACHER}": f"tasks: [txt]{TEACHER}"},
+        r"task .txt. .did you mean .text.\?., which this run",
+    ),
     "task with two": ({f"tasks: [text]{TEACHER}": f"tasks: [composition]{TEACHER}"}, r"more than one .* 'composition'"),
     "rewards of one name": ({"name: text_strict": "name: text"}, r"more than one reward 'text'; expected one"),
     "asset": ({'"${tiles:base}"': '"${tiles:bass}"'}, r"^the tiles world ships no 'bass'; it ships: .*base"),

@@ -370,6 +370,27 @@ def test_the_last_iteration_is_saved_with_what_was_trained(bare_opd, flowopd):
     assert differing  # the average is exported, the trained weights are kept
 
 
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("error", [ValueError, RuntimeError])
+def test_an_interruption_that_a_library_makes_another_error_of_still_is_one(
+    config, flowopd, monkeypatch, capsys, signum, code, error
+):
+    def importing_late(*_, **__):
+        try:
+            os.kill(os.getpid(), signum)
+            time.sleep(1)
+        except BaseException:
+            raise error("Failed to import a part") from None
+
+    before = signal.getsignal(signum)
+    monkeypatch.setattr(command_line.LightningCLI, "instantiate_trainer", importing_late)
+    with pytest.raises(SystemExit) as stopped:
+        flowopd("fit", "--config", config(), *small())
+    assert stopped.value.code == code
+    assert "Failed to import" not in capsys.readouterr().err
+    assert signal.getsignal(signum) is before
+
+
 def iterations_logged() -> int:
     if not Path("run/metrics.csv").exists():
         return 0

@@ -59,13 +59,8 @@ def main() -> None:
         _use(TOOLS[arguments[0]])
     elif arguments[0] in VERBS:
         run = _function(RUNS.get(arguments[0], "flowopd.cli.run:run"))
-        before = signal.signal(signal.SIGTERM, terminate)
-        try:
+        with _heeding():
             run()
-        except KeyboardInterrupt:
-            raise SystemExit("interrupted") from None
-        finally:
-            signal.signal(signal.SIGTERM, before)
     else:
         from flowopd.core.names import perhaps
 
@@ -73,9 +68,43 @@ def main() -> None:
         _refuse(f"there is no verb {verb!r}{perhaps(verb, VERBS)}; expected one of {', '.join(VERBS)}")
 
 
-def terminate(*_: Any) -> None:
-    """Answer SIGTERM: end, after whatever a run does when it is stopped."""
-    raise SystemExit(128 + signal.SIGTERM)
+_heard: list[int] = []
+"""The signals that asked for an end."""
+
+
+def heed(signum: int, *_: Any) -> None:
+    """Answer Ctrl-C or SIGTERM: end, after whatever a run does when it is stopped."""
+    _heard.append(signum)
+    raise KeyboardInterrupt if signum == signal.SIGINT else SystemExit(128 + signum)
+
+
+def heed_again() -> None:
+    """End after all, if a library has made another error of what ended it, as some do that import others late."""
+    if _heard:
+        heed(_heard.pop())
+
+
+@contextmanager
+def _heeding() -> Iterator[None]:
+    _heard.clear()
+    before = {signum: signal.signal(signum, heed) for signum in _unanswered()}
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted") from None
+    except Exception:
+        if _heard:
+            raise SystemExit("interrupted" if _heard[-1] == signal.SIGINT else 128 + _heard[-1]) from None
+        raise
+    finally:
+        for signum, earlier in before.items():
+            signal.signal(signum, earlier)
+
+
+def _unanswered() -> list[int]:
+    """The signals that would end the process; a child of a background shell ignores Ctrl-C."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    return [signum for signum, handler in usual.items() if signal.getsignal(signum) is handler]
 
 
 def _use(tool: str) -> None:
@@ -100,10 +129,7 @@ def _function(path: str) -> Callable[[], None]:
 @contextmanager
 def _leaving_at_once() -> Iterator[None]:
     """End at a signal on the spot: nothing is begun yet, and an exception could land anywhere in what is imported."""
-    before = {}
-    for signum, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
-        if signal.getsignal(signum) is handler:  # a child of a background shell ignores Ctrl-C
-            before[signum] = signal.signal(signum, _leave)
+    before = {signum: signal.signal(signum, _leave) for signum in _unanswered()}
     try:
         yield
     finally:

@@ -30,6 +30,7 @@ from typing_extensions import override
 
 from flowopd.cli.folders import folder_of, read_checkpoint
 from flowopd.cli.given import check_files, check_given
+from flowopd.cli.main import heed_again
 from flowopd.cli.resume import check_changes, settings
 from flowopd.cli.sentences import meant, sentence_of
 from flowopd.preflight.check import SelfCheck
@@ -296,6 +297,7 @@ def _is_told_by_lightning(error: BaseException) -> bool:
 
 
 def _refuse(error: BaseException, prefix: str) -> None:
+    heed_again()
     if os.environ.get("FLOWOPD_DEBUG"):
         traceback.print_exc()
     print(f"{prefix}: {sentence_of(error)}", file=sys.stderr)

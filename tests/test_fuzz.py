@@ -44,7 +44,8 @@ def told(request):
     """Say at the end how many commands ended in which way."""
     yield
     outcomes = ", ".join(f"{count} {outcome}" for outcome, count in COUNTS.most_common())
-    request.config.pluginmanager.get_plugin("terminalreporter").write_line(f"\n{COUNTS.total()} slips: {outcomes}")
+    with request.config.pluginmanager.get_plugin("capturemanager").global_and_fixture_disabled():
+        print(f"\n{COUNTS.total()} slips: {outcomes}")
 
 
 @contextmanager

@@ -284,7 +284,7 @@ def test_updates_per_iteration_set_the_accumulation(config, flowopd, capsys):
     words = ["--updates_per_iteration", "5", "--trainer.accelerator", "cpu"]
     with pytest.raises(SystemExit):
         flowopd("check", "--config", config, *words)
-    assert "8 batches per iteration and rank do not divide into 5 updates" in capsys.readouterr().err
+    assert "2 batches per iteration and rank do not divide into 5 updates" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         flowopd("check", "--config", config, "--trainer.accumulate_grad_batches", "8", "--trainer.accelerator", "cpu")
     assert "sets trainer.accumulate_grad_batches; give one of the two" in capsys.readouterr().err

@@ -69,6 +69,8 @@ def config(pipeline, adapters):
         for holder in (options.get("start"), options.get("strategy")):
             if isinstance(holder, dict) and "adapters" in holder.get("init_args", {}):
                 holder["init_args"]["adapters"] = [adapters[path] for path in holder["init_args"]["adapters"]]
+        if isinstance(options.get("start"), str):
+            options["start"] = next(iter(adapters.values()))
         for source in sources(content["data"]["init_args"]):
             if source["class_path"] == "flowopd.PromptFile":
                 source["init_args"]["path"] = "prompts.txt"

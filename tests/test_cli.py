@@ -165,7 +165,10 @@ WORDS = {
     ),
     "model.init_args.start": ("./nowhere", "^adapter folder './nowhere' does not exist"),
     "model.init_args.backbone.init_args.path": ("./nowhere", "^model folder './nowhere' does not exist"),
-    "model.init_args.optimizer.init_args.lr": ("-1", "^Invalid learning rate: -1"),
+    "model.init_args.optimizer.init_args.lr": (
+        "-1",
+        "^model.optimizer.lr is -1.*; expected a number from 0.0 to 1000.0$",
+    ),
     "ckpt_path": ("nowhere.ckpt", "^checkpoint 'nowhere.ckpt' does not exist"),
     "checkpoint_every": ("0", "checkpoint_every"),
     "config": ("nowhere.yaml", "File does not exist: .*nowhere.yaml"),

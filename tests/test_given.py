@@ -51,6 +51,10 @@ def test_null_is_refused_inside_of_a_record_too(refused):
 
 
 NUMBERS = {
+    (*MODEL, "optimizer", "init_args", "lr"): (
+        1e99,
+        "model.optimizer.lr is 1e+99; expected a number from 0.0 to 1000.0",
+    ),
     ("seed_everything",): (-1, "seed_everything is -1; expected a whole number from 0 to 4294967295"),
     ("trainer", "gradient_clip_val"): (-1.0, "trainer.gradient_clip_val is -1.0; expected at least 0.0"),
     ("trainer", "check_val_every_n_epoch"): (0, "trainer.check_val_every_n_epoch is 0; expected at least 1"),
@@ -70,6 +74,18 @@ def test_a_config_that_is_no_text_is_refused_by_name(content, refused):
     Path("other.yaml").write_bytes(content)
     said = refused(("seed_everything",), 0, "--config", "other.yaml")
     assert said == "config 'other.yaml' is not a text in UTF-8; save it as one"
+
+
+def test_a_key_that_stands_twice_in_a_config_is_refused(refused):
+    Path("other.yaml").write_text("trainer: {max_epochs: 3}\ndata: {}\ntrainer: {max_steps: 4}\n")
+    said = refused(("seed_everything",), 0, "--config", "other.yaml")
+    assert said == "config 'other.yaml' has 'trainer' twice in one table; keep one"
+
+
+def test_an_enum_that_no_file_holds_is_told_with_its_word(refused):
+    timer = {"class_path": "lightning.pytorch.callbacks.Timer", "init_args": {"duration": "00:01:00:00"}}
+    said = refused(("trainer", "callbacks", 8), timer)
+    assert said == "interval is step by default, which no file holds; give it: step"
 
 
 def test_a_model_that_is_no_policy_is_refused_beside_our_data(refused):

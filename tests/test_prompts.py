@@ -133,7 +133,7 @@ def quarrelsome(text: str) -> Prompt:
 def test_whatever_a_parser_raises_is_a_sentence(tmp_path):
     with pytest.raises(ValueError, match=r"line 2 of .* is not a prompt of task 'draw': KeyError: 'a cat'"):
         PromptFile(file(tmp_path, "p.txt", "a dog", "a cat"), "draw", quarrelsome)
-    with pytest.raises(ValueError, match=r"line 1 of .* is not a prompt of task 'draw': AttributeError: "):
+    with pytest.raises(ValueError, match=r"line 1 of .* is not a prompt of task 'draw': parse gave None; expected"):
         PromptFile(file(tmp_path, "p.txt", "nothing"), "draw", quarrelsome)
 
 

@@ -69,6 +69,11 @@ SLIPS = {
         {CLASS: "flowopd.Teacher", ARGS: {}},
         "flowopd.Teacher is a protocol; name a class",
     ),
+    "no class": (
+        (*MODEL, "optimizer", CLASS),
+        "flowopd.core.guided",
+        "model.optimizer: flowopd.core.guided is no class",
+    ),
     "config of another type": (["--config", "list.yaml"], None, "the config holds - 1; expected a table of options"),
     "interpolation": ((*DATA, "batch_size"), "${", r"an interpolation \$\{…\} in the config cannot be read: "),
     "restricted null": (

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import is_dataclass
+from enum import Enum
 from importlib import import_module
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from lightning import Trainer
+from omegaconf import OmegaConf
 
 from flowopd.core.ranges import at_least, within
 
 SEEDS = 2**32 - 1
+HIGHEST_RATE = 1000.0
 
 
 def check_files(words: Sequence[str]) -> None:
-    """Raise unless every config is a file of text; the parser would end in the middle of it.
+    """Raise unless every config is a file of text whose keys stand there once; the parser would take the last.
 
     Raises:
         ValueError: naming the file.
@@ -27,9 +32,12 @@ def check_files(words: Sequence[str]) -> None:
         if not word.startswith("--config") or not path.is_file():
             continue  # what is missing is told by the parser
         try:
-            path.read_text(encoding="utf-8")
+            OmegaConf.load(path)
         except UnicodeDecodeError:
             raise ValueError(f"config {str(path)!r} is not a text in UTF-8; save it as one") from None
+        except Exception as error:  # what cannot be parsed is told by the parser
+            if found := re.search(r"found duplicate key (.+)", str(error)):
+                raise ValueError(f"config {str(path)!r} has {found[1]!r} twice in one table; keep one") from None
 
 
 def check_given(config: Mapping[str, Any]) -> None:
@@ -41,6 +49,7 @@ def check_given(config: Mapping[str, Any]) -> None:
     seed, trainer = config.get("seed_everything"), dict(config.get("trainer") or {})
     if not isinstance(seed, bool):
         within(0, SEEDS, seed_everything=seed)
+    within(0.0, HIGHEST_RATE, **{"model.optimizer.lr": _rate(config)})
     for minimum, names in TRAINER:
         at_least(minimum, **{f"trainer.{name}": trainer.get(name) for name in names})
     for place, default in [*_nulls(trainer, Trainer, "trainer"), *_inside(config, "")]:
@@ -52,6 +61,13 @@ TRAINER: Sequence[tuple[float, tuple[str, ...]]] = (
     (0, ("log_every_n_steps", "reload_dataloaders_every_n_epochs", "min_epochs", "min_steps")),
     (1, ("num_nodes", "accumulate_grad_batches", "check_val_every_n_epoch")),
 )
+
+
+def _rate(config: Any) -> float | None:  # noqa: ANN401
+    """The learning rate, where there is one."""
+    for key in ("model", "init_args", "optimizer", "init_args", "lr"):
+        config = config.get(key) if isinstance(config, Mapping) else None
+    return config if isinstance(config, int | float) else None
 
 
 def _inside(value: Any, place: str, kind: Any = None) -> Iterator[tuple[str, Any]]:  # noqa: ANN401
@@ -103,3 +119,19 @@ def _record(kind: Any, name: str) -> Any:  # noqa: ANN401
             records = [one for one in (hints[name], *get_args(hints[name])) if is_dataclass(one)]
             return records[0] if records else None
     return None
+
+
+@contextmanager
+def enums_told() -> Iterator[None]:
+    """Say which option is an enum by default, where the parser cannot write it down.
+
+    Raises:
+        ValueError: naming the enum, and the word to give.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(one := error.args[-1] if error.args else None, Enum):
+            raise
+        kind = type(one).__name__
+        raise ValueError(f"{kind.lower()} is {one} by default, which no file holds; give it: {one.value}") from None

@@ -29,7 +29,7 @@ from transformers.utils.logging import disable_progress_bar as hide_transformers
 from typing_extensions import override
 
 from flowopd.cli.folders import folder_of, read_checkpoint
-from flowopd.cli.given import check_files, check_given
+from flowopd.cli.given import check_files, check_given, enums_told
 from flowopd.cli.main import heed_again
 from flowopd.cli.resume import check_changes, settings
 from flowopd.cli.sentences import meant, sentence_of
@@ -85,7 +85,8 @@ class FlowCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         words = [self.verb or sys.argv[1], *sys.argv[2:]]
         check_files(words)
-        self.config = parser.parse_args(words)
+        with enums_told():
+            self.config = parser.parse_args(words)
         check_given(self.config[words[0]].as_dict())
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:

@@ -172,6 +172,8 @@ def _no_option_of_class(leaf: Leaf, found: re.Match[str]) -> str:
     given = re.match(r"(?:\{'|Namespace\()class_path(?:': |=)'([\w.]+)'", leaf.got or "")
     if not (owner := leaf.owner or (given[1] if given else "")):
         return f"there is no option {name!r} here"
+    if not inspect.isclass(_import(owner)):
+        return f"{owner} is no class"
     options = ArgumentParser(exit_on_error=False).add_class_arguments(_import(owner))  # its parents' too
     return f"{owner} has no option {name!r}{perhaps(name, options)}; it takes: {', '.join(options)}"
 

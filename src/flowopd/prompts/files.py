@@ -173,7 +173,10 @@ def _prompt(fields: dict[str, Any], task: str, parse: Callable[[str], Prompt] | 
         raise ValueError(f"{named[0]} is {json.dumps(text):.80}; expected a text")
     if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
         raise ValueError(f"{named[0]} {text!a:.80} holds what no text has; is it UTF-8?")
-    facts = parse(text).metadata if parse else {}
+    parsed = parse(text) if parse else Prompt(text, task)
+    if not isinstance(parsed, Prompt):
+        raise ValueError(f"parse gave {parsed!r:.80}; expected a Prompt")
+    facts = parsed.metadata
     given = {name: value for name, value in fields.items() if name != named[0]}
     for name in facts.keys() & given.keys():
         if isinstance(facts[name], str) and not isinstance(given[name], str):

@@ -134,4 +134,4 @@ def enums_told() -> Iterator[None]:
         if not isinstance(one := error.args[-1] if error.args else None, Enum):
             raise
         kind = type(one).__name__
-        raise ValueError(f"{kind.lower()} is {one} by default, which no file holds; give it: {one.value}") from None
+        raise ValueError(f"{kind.lower()} is {one.value} by default, which no file holds; give it: {one.value}") from None

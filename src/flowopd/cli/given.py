@@ -134,4 +134,5 @@ def enums_told() -> Iterator[None]:
         if not isinstance(one := error.args[-1] if error.args else None, Enum):
             raise
         kind = type(one).__name__
-        raise ValueError(f"{kind.lower()} is {one.value} by default, which no file holds; give it: {one.value}") from None
+        word = one.value
+        raise ValueError(f"{kind.lower()} is {word} by default, which no file holds; give it: {word}") from None

@@ -22,7 +22,7 @@ from flowopd.tiles import asset
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "tiles"
 Tree = dict[str, Any]
-Make = Callable[[Path], None]  # puts something into the workplace
+Make = Callable[[Path], None]  # puts something into the folder of a case
 
 
 @dataclass(frozen=True)

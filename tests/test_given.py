@@ -51,6 +51,10 @@ def test_null_is_refused_inside_of_a_record_too(refused):
 
 
 NUMBERS = {
+    (*MODEL, "optimizer", "init_args", "weight_decay"): (
+        float("inf"),
+        "model.optimizer.weight_decay is inf; expected a finite number",
+    ),
     (*MODEL, "optimizer", "init_args", "lr"): (
         1e99,
         "model.optimizer.lr is 1e+99; expected a number from 0.0 to 1000.0",

@@ -15,7 +15,7 @@ from typing import Any, get_args, get_type_hints
 from lightning import Trainer
 from omegaconf import OmegaConf
 
-from flowopd.core.ranges import at_least, within
+from flowopd.core.ranges import at_least, finite, within
 
 SEEDS = 2**32 - 1
 HIGHEST_RATE = 1000.0
@@ -49,7 +49,9 @@ def check_given(config: Mapping[str, Any]) -> None:
     seed, trainer = config.get("seed_everything"), dict(config.get("trainer") or {})
     if not isinstance(seed, bool):
         within(0, SEEDS, seed_everything=seed)
-    within(0.0, HIGHEST_RATE, **{"model.optimizer.lr": _rate(config)})
+    numbers = _numbers(config, "optimizer")
+    within(0.0, HIGHEST_RATE, **{"model.optimizer.lr": numbers.get("model.optimizer.lr")})
+    finite(**numbers, **_numbers(config, "scheduler"))
     for minimum, names in TRAINER:
         at_least(minimum, **{f"trainer.{name}": trainer.get(name) for name in names})
     for place, default in [*_nulls(trainer, Trainer, "trainer"), *_inside(config, "")]:
@@ -63,11 +65,12 @@ TRAINER: Sequence[tuple[float, tuple[str, ...]]] = (
 )
 
 
-def _rate(config: Any) -> float | None:  # noqa: ANN401
-    """The learning rate, where there is one."""
-    for key in ("model", "init_args", "optimizer", "init_args", "lr"):
+def _numbers(config: Any, part: str) -> dict[str, float]:  # noqa: ANN401
+    """Numbers that the optimiser or the scheduler is given, by option; what else they may be is theirs to say."""
+    for key in ("model", "init_args", part, "init_args"):
         config = config.get(key) if isinstance(config, Mapping) else None
-    return config if isinstance(config, int | float) else None
+    given = config.items() if isinstance(config, Mapping) else ()
+    return {f"model.{part}.{name}": value for name, value in given if type(value) in (int, float)}
 
 
 def _inside(value: Any, place: str, kind: Any = None) -> Iterator[tuple[str, Any]]:  # noqa: ANN401

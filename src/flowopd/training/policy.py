@@ -14,6 +14,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from typing_extensions import override
 
 from flowopd.core.objectives import Objective, labels_of
 from flowopd.evaluation import Column, Scoreboard
@@ -121,9 +122,17 @@ class FlowPolicy(LightningModule):
         self.backbone.load(self.trainer.strategy.root_device)
         self._attach_student()
         self.signals.teaching.attach(self.backbone)
-        self.network = self.backbone.network.train()  # nothing here drops out; lightning warns of parts in eval mode
+        self.network = self.backbone.network.train()  # lightning warns of parts in eval mode
+        for module in self.network.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0  # so that a forward is the same in every phase, and no step walks the network to say so
         if isinstance(self.trainer.strategy, FSDP2):
             self.trainer.strategy.shard(self.network)
+
+    @override
+    def train(self, mode: bool = True) -> FlowPolicy:
+        self.training = mode  # the network knows no phases
+        return self
 
     def _attach_student(self) -> None:
         if self.start is None:

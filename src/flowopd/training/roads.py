@@ -124,14 +124,9 @@ class _Taken:
 
 @contextmanager
 def sampling(policy: FlowPolicy) -> Iterator[None]:
-    """No gradient, eval mode, and the precision of the training forward (else the ratio would not start at 1)."""
-    training = policy.training
-    policy.eval()
-    try:
-        with torch.no_grad(), policy.trainer.precision_plugin.forward_context():
-            yield
-    finally:
-        policy.train(training)
+    """No gradient, and the precision of the training forward (else the ratio would not start at 1)."""
+    with torch.no_grad(), policy.trainer.precision_plugin.forward_context():
+        yield
 
 
 def _prepare(policy: FlowPolicy, draws: Sequence[Draw]) -> None:

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
+from weakref import WeakKeyDictionary
 
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
@@ -34,6 +35,8 @@ ATTENTION = (
     "attn.add_v_proj",
     "attn.to_add_out",
 )
+
+_SWITCHES: WeakKeyDictionary[nn.Module, tuple[list[LoraLayer], set[str]]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -171,6 +174,7 @@ def _inject(network: nn.Module, name: str, config: LoraConfig) -> None:
     trainable = {key for key, p in network.named_parameters() if p.requires_grad}
     if name in adapter_names(network):
         raise ValueError(f"the network already carries an adapter named {name!r}")
+    _SWITCHES.pop(network, None)
     try:
         with warnings.catch_warnings():  # peft warns that there are several adapters; that is the point
             warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
@@ -247,9 +251,9 @@ def use_adapter(network: nn.Module, name: str | None) -> Iterator[None]:
     Raises:
         KeyError: if no adapter has that name (peft itself would silently answer as the base).
     """
-    if name is not None and name not in adapter_names(network):
-        raise KeyError(f"no adapter named {name!r}; loaded are {sorted(adapter_names(network))}")
-    layers = _lora_layers(network)
+    layers, names = _switches(network)
+    if name is not None and name not in names:
+        raise KeyError(f"no adapter named {name!r}; loaded are {sorted(names)}")
     before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
     try:
         for layer in layers:
@@ -258,6 +262,13 @@ def use_adapter(network: nn.Module, name: str | None) -> Iterator[None]:
     finally:
         for layer, (active, disabled) in zip(layers, before, strict=True):
             layer._active_adapter, layer._disable_adapters = active, disabled
+
+
+def _switches(network: nn.Module) -> tuple[list[LoraLayer], set[str]]:
+    """What a switch of adapters touches, and their names; looked for once, until another adapter is put on."""
+    if network not in _SWITCHES:
+        _SWITCHES[network] = _lora_layers(network), adapter_names(network)
+    return _SWITCHES[network]
 
 
 def _rest_on_trainable(network: nn.Module) -> None:

@@ -18,6 +18,7 @@ from torch.distributions import MultivariateNormal, kl_divergence
 from flowopd.core import (
     ODE,
     Anchored,
+    BranchDistance,
     CleanPicture,
     ClippedSurrogate,
     ExactKL,
@@ -35,6 +36,7 @@ from flowopd.core import (
     Uniform,
     WeightedSum,
     clean_from_velocity,
+    guided,
 )
 from flowopd.core.objectives import importance_ratio, labels_of
 
@@ -393,6 +395,67 @@ def test_self_normalised_a_smaller_error_asks_for_as_much(theta):
     plain = [gradient(TransitionKL(), student, facts, theta) for facts in (labels, near)]
     torch.testing.assert_close(pulls[1], pulls[0])
     torch.testing.assert_close(plain[1], 1e-3 * plain[0])
+
+
+# ------------------------------------------------------------------------------------------------------------- branches
+
+
+def branching(e_plus: Tensor, e_minus: Tensor, scale: float = 4.5) -> tuple[Transition, Labels]:
+    """Four states of a student guided by ``scale``, whose branches err by e₊ and e₋, (4, 2)."""
+    x, target, other = torch.randn(3, ROWS, 2, dtype=torch.float64).unbind()
+    branches = (target + e_plus).requires_grad_(), (other + e_minus).requires_grad_()
+    levels = (level.expand(ROWS) for level in SIGMAS[1:3])
+    student = replace(FlowSDE(0.7).step(x, guided(*branches, scale), *levels), branches=branches)
+    return student, Labels(target=guided(target, other, scale), target_conditional=target, target_unconditional=other)
+
+
+def errors() -> tuple[Tensor, Tensor]:
+    return torch.randn(2, ROWS, 2, dtype=torch.float64).unbind()
+
+
+@pytest.mark.parametrize("weighting", [Uniform(), ExactKL(), CleanPicture()], ids=["uniform", "exact", "clean"])
+def test_the_branch_distance_and_its_gradient_are_those_of_both_errors(weighting):
+    e_plus, e_minus = errors()
+    student, labels = branching(e_plus, e_minus)
+    loss, metrics = BranchDistance(0.3, weighting).loss(student, labels)
+    weight, contrast = weighting.weight(student)[:, None], e_plus - e_minus
+    torch.testing.assert_close(loss, (weight * (e_plus**2 + 0.3 * contrast**2)).mean())
+    torch.testing.assert_close(metrics["distill/contrast_mse"], (contrast**2).mean())
+    found = torch.autograd.grad(loss, student.branches)
+    torch.testing.assert_close(found[0], 2 * weight * (e_plus + 0.3 * contrast) / e_plus.numel())
+    torch.testing.assert_close(found[1], -2 * weight * 0.3 * contrast / e_plus.numel())
+
+
+def test_with_strength_zero_the_branch_distance_is_that_of_the_conditional_branch():
+    student, labels = branching(*errors())
+    alone = replace(student, velocity=student.branches[0]), Labels(target=labels.target_conditional)
+    torch.testing.assert_close(BranchDistance(0.0).loss(student, labels)[0], TransitionKL(Uniform()).loss(*alone)[0])
+
+
+@pytest.mark.parametrize("scale", [1.5, 4.5])
+def test_what_guided_matching_hides_the_branch_distance_sees(scale):
+    e_minus = torch.ones(ROWS, 2, dtype=torch.float64)
+    student, labels = branching((scale - 1) / scale * e_minus, e_minus, scale)
+    assert TransitionKL(Uniform()).loss(student, labels)[0] < 1e-28
+    assert BranchDistance(0.0).loss(student, labels)[0] > 0.1
+    torch.testing.assert_close(  # e₊ - e₋ = -e₋ / s
+        BranchDistance(1.0).loss(student, labels)[0], e_minus.new_tensor(((scale - 1) ** 2 + 1) / scale**2)
+    )
+
+
+def test_the_branch_distance_is_zero_at_the_teacher_s_branches_alone():
+    nothing = torch.zeros(ROWS, 2, dtype=torch.float64)
+    for e_plus, e_minus in itertools.product((nothing, nothing + 0.1), repeat=2):
+        loss, _ = BranchDistance(0.5).loss(*branching(e_plus, e_minus))
+        assert (loss < 1e-28) == (not e_plus.any() and not e_minus.any())
+
+
+def test_branches_are_missed_by_name():
+    student, labels = branching(*errors())
+    with pytest.raises(ValueError, match=r"needs labels.target_unconditional, .* add a TeacherCallback"):
+        BranchDistance().loss(student, replace(labels, target_unconditional=None))
+    with pytest.raises(ValueError, match=r"compares branches, but the step has none; set Transition\.branches"):
+        BranchDistance().loss(student.detach(), labels)
 
 
 # ---------------------------------------------------------------------------------------------------------------- a sum

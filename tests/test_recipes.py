@@ -131,6 +131,10 @@ ONE_DIFFERENCE = {
         "model.init_args.start.class_path",
         "model.init_args.start.init_args.adapters",
     },
+    ("sd35/opd", "sd35/opd+branches"): {
+        "model.init_args.objective.init_args.objective.class_path",
+        "model.init_args.objective.init_args.objective.init_args.weighting",
+    },
     ("sd35/opd", "sd35/opd+paper"): {
         "updates_per_iteration",
         "model.init_args.objective.init_args.objective.class_path",

@@ -24,7 +24,7 @@ OVERLAYS = sorted(path.stem for path in (CONFIGS / "hardware").glob("*.yaml"))
 WANTED = (
     "teacher_geneval teacher_ocr teacher_pickscore teacher_deqa grpo_mix cold_start_merge cold_start_sft opd opd_no_mar"
 )
-WANTED += " opd+folded opd+sft opd+released opd+paper evaluate"
+WANTED += " opd+folded opd+sft opd+released opd+paper opd+branches evaluate"
 RANKS = {"24gb": 1, "1x80gb": 1, "8x80gb_fsdp": 8, "multinode": 16}
 STUB = {"class_path": "test_sd35_configs.Redness"}
 

@@ -6,6 +6,7 @@ from flowopd.core.gaussian import Gaussian
 from flowopd.core.guidance import guided
 from flowopd.core.objectives import (
     Anchored,
+    BranchDistance,
     ClippedSurrogate,
     FlowMatching,
     Labels,
@@ -26,6 +27,7 @@ __all__ = [
     "CPS",
     "ODE",
     "Anchored",
+    "BranchDistance",
     "CleanPicture",
     "ClippedSurrogate",
     "DanceSDE",

@@ -38,6 +38,7 @@ class Transition(Gaussian):
         velocity: (B, C, H, W).
         gain: (B,) derivative of the mean by the velocity; two velocities at one state differ by gain · Δv in mean.
         sigma, sigma_next: (B,).
+        branches: what guidance made the velocity of, conditional and unconditional, where an objective asks for it.
 
     >>> x, sigma, sigma_next = torch.ones(1, 1, 1, 1), torch.tensor([0.8]), torch.tensor([0.6])
     >>> step = ODE().step(x, velocity=0 * x, sigma=sigma, sigma_next=sigma_next)
@@ -49,6 +50,7 @@ class Transition(Gaussian):
     gain: Tensor = field(kw_only=True)
     sigma: Tensor = field(kw_only=True)
     sigma_next: Tensor = field(kw_only=True)
+    branches: tuple[Tensor, Tensor] | None = field(default=None, kw_only=True)
 
     def shifted_to(self, velocity: Tensor) -> "Transition":
         """The step that another velocity (B, C, H, W) proposes at the same state:  mean' = mean + gain · (v' - v)."""

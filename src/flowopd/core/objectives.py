@@ -21,9 +21,12 @@ from flowopd.core.dynamics import Transition
 from flowopd.core.ranges import above, at_least, finite
 from flowopd.core.shown import Shown
 from flowopd.core.tensors import row_mean, same_shape
-from flowopd.core.weights import CleanPicture, ExactKL, Released, Weighting
+from flowopd.core.weights import CleanPicture, ExactKL, Released, Uniform, Weighting
 
 Metrics = dict[str, Tensor]
+
+BRANCHES = frozenset({"target_conditional", "target_unconditional"})
+"""Labels of an objective that compares branches; whoever reads them wants ``Transition.branches`` too."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class Labels:
         log_prob_old: (B,) its log-probability under the policy that sampled it, nats per latent dimension.
         advantage: (B,) of the finished image.
         target: (B, C, H, W) velocity to learn from: the teacher's, or noise - clean.
+        target_conditional, target_unconditional: (B, C, H, W) the two branches of the teacher's guidance.
         anchor: (B, C, H, W) velocity of the anchor (MAR) or of the reference policy.
         state_kl: (B,) KL to the teacher at this state under the sampling policy, nats per latent dimension.
         kl_to_go: (B,) sum of the KLs of all later steps.
@@ -50,6 +54,8 @@ class Labels:
     log_prob_old: Tensor | None = None
     advantage: Tensor | None = None
     target: Tensor | None = None
+    target_conditional: Tensor | None = None
+    target_unconditional: Tensor | None = None
     anchor: Tensor | None = None
     state_kl: Tensor | None = None
     kl_to_go: Tensor | None = None
@@ -394,6 +400,56 @@ class SelfNormalisedDistance(Shown):
         return loss, {"distill/loss": loss.detach(), "distill/velocity_mse": distance.detach().mean()}
 
 
+class BranchDistance(Shown):
+    """The distance of both branches of a guided student to those of its teacher (PDM).
+
+        e₊ = v_θ^c - v_T^c,   e₋ = v_θ^u - v_T^u,   L = mean w(σ) · (mean e₊² + λ · mean (e₊ - e₋)²)
+
+    The second term compares what guidance multiplies, v^c - v^u. Velocities that are guided by s agree wherever
+    e₊ = (s - 1)/s · e₋, however large; this distance is zero at the teacher's branches only. So the teacher's own scale
+    has no say: a student without error is, drawn at any scale, the teacher at that scale. Gradient: through v_θ^c and
+    v_θ^u only.
+
+    Args:
+        strength: λ; with 0 the unconditional branch is free.
+        weighting: w.
+
+    References:
+        PDM (arXiv 2607.24731).
+
+    >>> from dataclasses import replace
+    >>> from flowopd.core import ODE
+    >>> x, sigma = torch.ones(1, 1, 1, 1), torch.tensor([0.5])
+    >>> student = replace(ODE().step(x, 3 * x, sigma, sigma / 2), branches=(2 * x, x))
+    >>> labels = Labels(target_conditional=x, target_unconditional=3 * x)
+    >>> BranchDistance(strength=0.5).loss(student, labels)[0]  # (2 - 1)² + 0.5 · (1 - -2)²
+    tensor(5.5000)
+    """
+
+    needs = BRANCHES
+
+    def __init__(self, strength: float = 1.0, weighting: Weighting | None = None) -> None:
+        at_least(0.0, strength=strength)
+        self.strength = strength
+        self.weighting = weighting or Uniform()
+
+    def loss(self, student: Transition, labels: Labels) -> tuple[Tensor, Metrics]:
+        """Return the weighted distance to both branches of the labels."""
+        if student.branches is None:
+            raise ValueError("the objective compares branches, but the step has none; set Transition.branches")
+        conditional, unconditional = (
+            velocity - required(labels, name).detach()
+            for velocity, name in zip(student.branches, ("target_conditional", "target_unconditional"), strict=True)
+        )
+        distance, contrast = row_mean(conditional**2), row_mean((conditional - unconditional) ** 2)
+        loss = (self.weighting.weight(student) * (distance + self.strength * contrast)).mean()
+        return loss, {
+            "distill/loss": loss.detach(),
+            "distill/velocity_mse": distance.detach().mean(),
+            "distill/contrast_mse": contrast.detach().mean(),
+        }
+
+
 class WeightedSum(Shown):
     """Several objectives on the same states,  L = Σ_k w_k · L_k;  its gradient is Σ_k w_k · ∇L_k.
 
@@ -519,6 +575,8 @@ _PROVIDERS: dict[str, str] = {
     "log_prob_old": "collect a rollout with noisy steps",
     "advantage": "add a RewardCallback",
     "target": "add a TeacherCallback",
+    "target_conditional": "add a TeacherCallback",
+    "target_unconditional": "add a TeacherCallback",
     "anchor": "add an AnchorCallback",
     "state_kl": "add a TeacherCallback and collect whole rollouts (fused: false)",
     "kl_to_go": "add a TeacherCallback and collect whole rollouts (fused: false)",

@@ -56,6 +56,12 @@ class Backbone(ABC):
     ) -> Tensor:
         """Return the guided velocity (B, C, H, W), float32, of an adapter, or of the base model for ``None``."""
 
+    def branches(
+        self, x: Tensor, sigma: Tensor, cond: Conditioning, adapter: str | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the conditional and the unconditional velocity, each (B, C, H, W), float32."""
+        return self.velocity(x, sigma, cond, adapter, 1.0), self.velocity(x, sigma, cond, adapter, 0.0)
+
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
         """Return images (B, 3, H, W) in [0, 1], float32, without gradient."""

@@ -212,7 +212,7 @@ class SD3Backbone(Backbone):
             sigma: (B,) in [0, 1].
             cond: B rows.
             adapter: name of a loaded adapter.
-            guidance_scale: s; 1 costs one forward, anything else two.
+            guidance_scale: s; 1 (conditional) and 0 (unconditional) cost one forward, anything else two.
 
         Returns:
             (B, C, H, W), float32.
@@ -220,10 +220,18 @@ class SD3Backbone(Backbone):
         with use_adapter(self.network, adapter):
             if guidance_scale == 1:
                 return self._forward(x, sigma, cond)
-            negative = self._unconditional().expand(len(x))
-            pair = self._forward(torch.cat([x, x]), torch.cat([sigma, sigma]), Conditioning.cat([cond, negative]))
-            conditional, unconditional = pair.chunk(2)
-            return guided(conditional, unconditional, guidance_scale)
+            if guidance_scale == 0:
+                return self._forward(x, sigma, self._unconditional().expand(len(x)))
+        return guided(*self.branches(x, sigma, cond, adapter), guidance_scale)
+
+    def branches(
+        self, x: Tensor, sigma: Tensor, cond: Conditioning, adapter: str | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the conditional and the unconditional velocity by one forward of 2B rows."""
+        both = Conditioning.cat([cond, self._unconditional().expand(len(x))])
+        with use_adapter(self.network, adapter):
+            conditional, unconditional = self._forward(torch.cat([x, x]), torch.cat([sigma, sigma]), both).chunk(2)
+        return conditional, unconditional
 
     def _forward(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
         velocity: Tensor = self.network(

@@ -88,22 +88,19 @@ class Subject:
     def sampled(self) -> Transition:
         """The step that a rollout takes there."""
         with sampling(self.policy):
-            return self._transition()
+            velocity = self.policy.velocity(self.batch.x, self.batch.sigma, self.batch.cond)
+            return self.policy.sampler.transition(self.batch, velocity)
 
     @cached_property
     def trained(self) -> Transition:
         """The step that training sees there."""
         with torch.enable_grad(), self.trainer.precision_plugin.train_step_context():
-            return self._transition().detach()
+            return self.policy.proposed(self.batch).detach()
 
     def field(self, velocity: Callable[[Tensor, Tensor, Conditioning], Tensor]) -> Tensor:
         """What a velocity field answers there."""
         with sampling(self.policy):
             return velocity(self.batch.x, self.batch.sigma, self.batch.cond)
-
-    def _transition(self) -> Transition:
-        batch = self.batch
-        return self.policy.sampler.transition(batch, self.policy.velocity(batch.x, batch.sigma, batch.cond))
 
 
 class SelfCheck(Callback):

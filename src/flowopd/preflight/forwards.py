@@ -17,7 +17,7 @@ from flowopd.models import Backbone
 from flowopd.records import Conditioning, Prompt
 from flowopd.teachers import Composed, FullTeacher, Teacher
 from flowopd.teachers.base import guidance_of
-from flowopd.teachers.composed import identity, parts_of
+from flowopd.teachers.composed import at_guidance, identity, parts_of
 from flowopd.training.policy import FlowPolicy
 from flowopd.training.rollout_data import RolloutDataModule
 from flowopd.training.signals import AnchorCallback, RewardCallback, TeacherCallback
@@ -116,8 +116,10 @@ class _CountingTeacher:
     def __init__(self, counts: Counter[str], name: str, part: Teacher) -> None:
         self.counts = counts
         self.name = name
+        self.part = part
         self.identity = identity(part)
-        self.guidance_scale = guidance_of(part) or 1.0
+        scale = guidance_of(part)
+        self.guidance_scale = 1.0 if scale is None else scale
 
     def attach(self, backbone: Backbone) -> None: ...
 
@@ -128,6 +130,9 @@ class _CountingTeacher:
     def fingerprint(self) -> str:
         return self.name
 
+    def at(self, guidance_scale: float) -> _CountingTeacher:
+        return _CountingTeacher(self.counts, self.name, at_guidance(self.part, guidance_scale))
+
 
 class _NoReward:
     def score(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
@@ -136,7 +141,7 @@ class _NoReward:
 
 def rows_of(x: Tensor, guidance_scale: float) -> int:
     """Rows of the transformer that guided velocities at x (B, C, H, W) take."""
-    return len(x) * (1 if guidance_scale == 1 else 2)
+    return len(x) * (1 if guidance_scale in (0, 1) else 2)
 
 
 def _counting(callbacks: Iterable[Callback], counts: Counter[str]) -> list[Callback]:

@@ -1,8 +1,9 @@
 """The Teacher protocol, and its three kinds: an adapter, the base itself, a second model."""
 
+import copy
 import hashlib
 from collections.abc import Hashable
-from typing import Protocol, runtime_checkable
+from typing import Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -85,6 +86,12 @@ class LoRATeacher:
         """Network, adapter and guidance: teachers that agree in these are asked once."""
         return id(self._backbone), self.source, self.guidance_scale
 
+    def at(self, guidance_scale: float) -> Self:
+        """The same teacher, asked with another guidance."""
+        twin = copy.copy(self)
+        twin.guidance_scale = guidance_scale
+        return twin
+
 
 class BaseTeacher(Shown):
     """The backbone without any adapter: the reference policy of GRPO's KL.
@@ -117,6 +124,12 @@ class BaseTeacher(Shown):
     def identity(self) -> Hashable:
         """Network and guidance: teachers that agree in these are asked once."""
         return id(self._backbone), None, self.guidance_scale
+
+    def at(self, guidance_scale: float) -> Self:
+        """The same teacher, asked with another guidance."""
+        twin = copy.copy(self)
+        twin.guidance_scale = guidance_scale
+        return twin
 
 
 class FullTeacher(Shown):
@@ -180,6 +193,12 @@ class FullTeacher(Shown):
     def identity(self) -> Hashable:
         """Model, adapter and guidance: teachers that agree in these are asked once."""
         return self.backbone.identity, self.device, self._field.identity
+
+    def at(self, guidance_scale: float) -> Self:
+        """The same teacher, asked with another guidance."""
+        twin = copy.copy(self)
+        twin.guidance_scale, twin._field = guidance_scale, self._field.at(guidance_scale)
+        return twin
 
 
 def _field(adapter: AdapterSource | None, guidance_scale: float | None) -> LoRATeacher | BaseTeacher:

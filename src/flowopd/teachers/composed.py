@@ -240,6 +240,23 @@ def parts_of(teachers: Iterable[Teacher]) -> list[Teacher]:
     return list(found.values())
 
 
+def at_guidance(teacher: Teacher, guidance_scale: float) -> Teacher:
+    """The same teacher asked with another guidance; a composed one is composed of its parts so asked.
+
+    Raises:
+        ValueError: if it, or a part of it, is not guided from outside.
+    """
+    if isinstance(teacher, Composed):
+        return teacher.over([at_guidance(part, guidance_scale) for part in teacher.teachers])
+    if not hasattr(teacher, "at"):
+        raise ValueError(
+            f"a {type(teacher).__name__} has no branches, as its guidance cannot be chosen (there is no method `at`); "
+            "teach by another objective, such as flowopd.core.TransitionKL"
+        )
+    twin: Teacher = teacher.at(guidance_scale)
+    return twin
+
+
 def identity(teacher: Teacher) -> Hashable:
     """Its network, adapter and guidance: what tells two teachers apart; of an unknown kind, the object itself."""
     return getattr(teacher, "identity", id(teacher))

@@ -16,8 +16,11 @@ from flowopd.models import Backbone
 from flowopd.records import Rollout, StepBatch
 from flowopd.rollouts import Sampler
 from flowopd.teachers.base import Teacher
-from flowopd.teachers.composed import Groups, ask
+from flowopd.teachers.composed import Groups, ask, at_guidance
 from flowopd.teachers.router import Router
+
+BRANCH_GUIDANCE = {"target_conditional": 1.0, "target_unconditional": 0.0}
+"""The guidance scale at which a teacher answers with one branch alone."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,11 @@ class Teaching:
         wanted: dict[str, Groups] = {}
         if "target" in needs and batch.labels.target is None:
             wanted["target"] = self.router.groups(batch.tasks)
+        wanted |= {
+            name: [(at_guidance(teacher, scale), rows) for teacher, rows in self.router.groups(batch.tasks)]
+            for name, scale in BRANCH_GUIDANCE.items()
+            if name in needs
+        }
         if "anchor" in needs and self.anchor is not None:
             wanted["anchor"] = [(self.anchor.teacher, range(len(batch.x)))]
         return batch.label(**ask(wanted, batch.x, batch.sigma, batch.cond, self.router.lockstep))

@@ -16,7 +16,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
-from flowopd.core.objectives import Objective, labels_of
+from flowopd.core.dynamics import Transition
+from flowopd.core.guidance import guided
+from flowopd.core.objectives import BRANCHES, Objective, labels_of
 from flowopd.evaluation import Column, Scoreboard
 from flowopd.models import AdapterSource, Backbone, LoRASpec, Merge
 from flowopd.models.adapters.lora import Adapter, adapter_parameters, add_adapter, attach, take_adapter
@@ -144,6 +146,14 @@ class FlowPolicy(LightningModule):
         """The student's guided velocity (B, C, H, W) at x (B, C, H, W) and σ (B,)."""
         return self.backbone.velocity(x, sigma, cond, STUDENT, self.sampler.guidance_scale)
 
+    def proposed(self, batch: StepBatch) -> Transition:
+        """The student's step at the states of a batch, with both branches of its guidance if the objective asks."""
+        if not self.needs() & BRANCHES:
+            return self.sampler.transition(batch, self.velocity(batch.x, batch.sigma, batch.cond))
+        branches = self.backbone.branches(batch.x, batch.sigma, batch.cond, STUDENT)
+        velocity = guided(*branches, self.sampler.guidance_scale)
+        return replace(self.sampler.transition(batch, velocity), branches=branches)
+
     def behaviour(self, tasks: Sequence[str]) -> VelocityField:
         """The velocity field that samples rollouts of these tasks: the student's own."""
         return self.velocity
@@ -159,6 +169,11 @@ class FlowPolicy(LightningModule):
         Raises:
             ValueError: saying what is missing.
         """
+        if self.needs() & BRANCHES and self.sampler.guidance_scale == 1:
+            raise ValueError(
+                "the objective compares branches, but the student is drawn without guidance and never uses its "
+                "unconditional one; give the sampler a guidance_scale, or take flowopd.core.TransitionKL"
+            )
         self.signals.require_labels(self.needs(), tasks)
 
     def label(self, rollouts: list[Rollout], group_size: int) -> list[Rollout]:
@@ -219,7 +234,7 @@ class FlowPolicy(LightningModule):
 
     def training_step(self, batch: StepBatch, batch_idx: int) -> Tensor:
         """One objective on one batch of visited states."""
-        student = self.sampler.transition(batch, self.velocity(batch.x, batch.sigma, batch.cond))
+        student = self.proposed(batch)
         loss, metrics = self.objective.loss(student, batch.labels)
         if batch.advance is not None:
             batch.advance(student.detach())

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 
 from flowopd.core.dynamics import Transition
-from flowopd.core.objectives import Labels
+from flowopd.core.objectives import BRANCHES, Labels
 from flowopd.records import Rollout, StepBatch
 from flowopd.rollouts import Draw
 from flowopd.training.policy import FlowPolicy
@@ -74,7 +74,7 @@ class Fused:
         policy: what samples and is trained.
     """
 
-    provides = frozenset({"target", "anchor"})
+    provides = BRANCHES | {"target", "anchor"}
 
     def __init__(self, policy: FlowPolicy) -> None:
         self.policy = policy

@@ -9,10 +9,12 @@ from lightning import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 from flowopd.core.names import perhaps, refuse_duplicates
+from flowopd.core.objectives import BRANCHES
 from flowopd.rewards import Reward
 from flowopd.rewards.judging import Judging
 from flowopd.rewards.scorer import Scorer
 from flowopd.teachers import Teacher
+from flowopd.teachers.composed import at_guidance
 from flowopd.teachers.teaching import Role, Teaching
 
 
@@ -155,8 +157,11 @@ class Signals(NamedTuple):
             ValueError: saying which callback is missing, or which one nobody reads.
         """
         anchor = self.teaching.anchor
-        if needs & {"target", "state_kl", "kl_to_go"}:
+        if needs & ({"target", "state_kl", "kl_to_go"} | BRANCHES):
             self.teaching.router.check(tasks)
+        if needs & BRANCHES:
+            for role in self.teaching.roles:
+                at_guidance(role.teacher, 0.0)
         if "anchor" in needs and anchor is None:
             raise ValueError("the objective is Anchored, but there is no anchor; add an AnchorCallback")
         if anchor is not None and "anchor" not in needs:

@@ -217,12 +217,11 @@ class SD3Backbone(Backbone):
         Returns:
             (B, C, H, W), float32.
         """
+        if guidance_scale not in (0, 1):
+            return guided(*self.branches(x, sigma, cond, adapter), guidance_scale)
+        branch = cond if guidance_scale == 1 else self._unconditional().expand(len(x))
         with use_adapter(self.network, adapter):
-            if guidance_scale == 1:
-                return self._forward(x, sigma, cond)
-            if guidance_scale == 0:
-                return self._forward(x, sigma, self._unconditional().expand(len(x)))
-        return guided(*self.branches(x, sigma, cond, adapter), guidance_scale)
+            return self._forward(x, sigma, branch)
 
     def branches(
         self, x: Tensor, sigma: Tensor, cond: Conditioning, adapter: str | None = None

@@ -150,7 +150,7 @@ def _read(path: str) -> str:
 
 
 def show(found: dict) -> None:
-    title = ", ".join(f"{value}" for value in found["machine"].values())
+    title = "{processor}, {cores} cores, {threads} of torch's threads".format(**found["machine"])
     table = Table("recipe", "until", *(name.replace("_", " ") for name in (*WORK, *FIGURES)), title=title)
     for name, curve in found["curves"].items():
         for until, point in ((f"{found['target']:g}", found["reached"][name]), ("its end", curve[-1])):

@@ -4,6 +4,7 @@ from flowopd.core.advantages import GroupAdvantage
 from flowopd.core.dynamics import CPS, ODE, DanceSDE, Dynamics, FlowSDE, Transition
 from flowopd.core.gaussian import Gaussian
 from flowopd.core.guidance import guided
+from flowopd.core.levels import Levels, LogitNormal, UniformLevels
 from flowopd.core.objectives import (
     Anchored,
     BranchDistance,
@@ -11,6 +12,7 @@ from flowopd.core.objectives import (
     FlowMatching,
     Labels,
     LogRatioSurrogate,
+    NegativeAware,
     Objective,
     ReleasedKL,
     ReturnToGo,
@@ -38,8 +40,11 @@ __all__ = [
     "Gaussian",
     "GroupAdvantage",
     "Labels",
+    "Levels",
     "LinearSchedule",
     "LogRatioSurrogate",
+    "LogitNormal",
+    "NegativeAware",
     "ODEDistance",
     "Objective",
     "Released",
@@ -52,6 +57,7 @@ __all__ = [
     "Transition",
     "TransitionKL",
     "Uniform",
+    "UniformLevels",
     "WeightedSum",
     "Weighting",
     "clean_from_velocity",

@@ -41,6 +41,7 @@ class Labels:
         advantage: (B,) of the finished image.
         target: (B, C, H, W) velocity to learn from: the teacher's, or noise - clean.
         target_conditional, target_unconditional: (B, C, H, W) the two branches of the teacher's guidance.
+        old: (B, C, H, W) velocity of the policy that sampled the picture.
         anchor: (B, C, H, W) velocity of the anchor (MAR) or of the reference policy.
         state_kl: (B,) KL to the teacher at this state under the sampling policy, nats per latent dimension.
         kl_to_go: (B,) sum of the KLs of all later steps.
@@ -56,6 +57,7 @@ class Labels:
     target: Tensor | None = None
     target_conditional: Tensor | None = None
     target_unconditional: Tensor | None = None
+    old: Tensor | None = None
     anchor: Tensor | None = None
     state_kl: Tensor | None = None
     kl_to_go: Tensor | None = None
@@ -393,11 +395,79 @@ class SelfNormalisedDistance(Shown):
     def loss(self, student: Transition, labels: Labels) -> tuple[Tensor, Metrics]:
         """Return the normalised distance to ``labels.target``."""
         target = required(labels, "target")
-        distance = squared_error(student, target)
-        weight = self.weighting.weight(student)
-        size = weight.sqrt() * row_mean((student.velocity - target).detach().abs())
-        loss = (weight * distance / size.clamp(min=self.floor)).mean()
-        return loss, {"distill/loss": loss.detach(), "distill/velocity_mse": distance.detach().mean()}
+        loss = self_normalised(student, target, self.weighting, self.floor).mean()
+        distance = squared_error(student, target).detach().mean()
+        return loss, {"distill/loss": loss.detach(), "distill/velocity_mse": distance}
+
+
+class NegativeAware(Shown):
+    """Reward learning on the forward process: good pictures pull the student away from the old policy, bad ones push.
+
+        r  = clip(1/2 + A / (2·A_max), 0, 1)
+        v⁺ = v_old + β·(v_θ - v_old),       v⁻ = v_old - β·(v_θ - v_old)
+        L  = A_max / β · mean_b  r·d(v⁺) + (1 - r)·d(v⁻),       d(v) = mean e² / sg(mean |e|),   e = √w(σ)·(v - target)
+
+    The states are noised pictures of the old policy, and target = noise - clean; with ``CleanPicture`` weights e is the
+    error of the clean picture. Without the divisors, and with e_old = √w·(v_old - target) and Δ = √w·(v_θ - v_old),
+
+        L = 2·A·mean e_old·Δ + β·A_max·mean Δ² + a constant:
+
+    a signed regression towards the picture, and a pull to the old policy of strength β·A_max. At v_θ = v_old the
+    divisors change this gradient by the row's mean |e_old| alone; equal siblings have r = 1/2, and teach nothing.
+    Gradient: through v_θ only.
+
+    Args:
+        beta: β.
+        advantage_max: A_max, the advantage from which a picture is wholly good.
+        weighting: w, the space in which errors are measured.
+        floor: smallest divisor.
+
+    References:
+        DiffusionNFT (arXiv 2509.16117), Eq. 5 and Algorithm 1.
+
+    >>> from flowopd.core import ODE
+    >>> x, sigma = torch.zeros(1, 1, 1, 2), torch.tensor([1.0])
+    >>> student = ODE().step(x, x + 1, sigma, sigma / 2)
+    >>> labels = Labels(target=x + 3, old=x + 2, advantage=torch.tensor([5.0]))  # wholly good: 5 · d(1), and d(1) = 2
+    >>> NegativeAware(beta=1.0).loss(student, labels)[0]
+    tensor(10.)
+    """
+
+    needs = frozenset({"target", "old", "advantage"})
+
+    def __init__(
+        self,
+        beta: float = 1.0,
+        advantage_max: float = 5.0,
+        weighting: Weighting | None = None,
+        floor: float = 1e-5,
+    ) -> None:
+        above(0.0, beta=beta, advantage_max=advantage_max, floor=floor)
+        self.beta = beta
+        self.advantage_max = advantage_max
+        self.weighting = weighting or CleanPicture()
+        self.floor = floor
+
+    def goodness(self, advantage: Tensor) -> Tensor:
+        """r (B,) in [0, 1] of advantages (B,)."""
+        return (0.5 + advantage.detach() / (2 * self.advantage_max)).clamp(0, 1)
+
+    def loss(self, student: Transition, labels: Labels) -> tuple[Tensor, Metrics]:
+        """Return the loss of ``labels.advantage`` around ``labels.old``."""
+        old = required(labels, "old").detach()
+        good = self.goodness(required(labels, "advantage"))
+        change = self.beta * (student.velocity - old)
+        towards, away = self._distance(student, labels, old + change), self._distance(student, labels, old - change)
+        same_shape(advantage=good, distance=towards)
+        loss = self.advantage_max / self.beta * (good * towards + (1 - good) * away).mean()
+        return loss, {
+            "nft/loss": loss.detach(),
+            "nft/goodness": good.mean(),
+            "nft/moved": squared_error(student, old).detach().mean(),
+        }
+
+    def _distance(self, student: Transition, labels: Labels, velocity: Tensor) -> Tensor:
+        return self_normalised(student.shifted_to(velocity), required(labels, "target"), self.weighting, self.floor)
 
 
 class BranchDistance(Shown):
@@ -513,6 +583,13 @@ def squared_error(student: Transition, velocity: Tensor) -> Tensor:
     return row_mean((student.velocity - velocity.detach()) ** 2)
 
 
+def self_normalised(student: Transition, target: Tensor, weighting: Weighting, floor: float) -> Tensor:
+    """mean e² / sg(mean |e|) of every row, (B,), where e = √w(σ) · (v_θ - target)."""
+    weight = weighting.weight(student)
+    size = weight.sqrt() * row_mean((student.velocity - target).detach().abs())
+    return weight * squared_error(student, target) / size.clamp(min=floor)
+
+
 def importance_ratio(student: Transition, labels: Labels) -> tuple[Tensor, Tensor]:
     """ρ = exp(log p_θ - log p_old) and its logarithm, (B,); exactly 1 in the first update after a rollout."""
     log_prob = student.log_prob(required(labels, "x_next"))
@@ -577,6 +654,7 @@ _PROVIDERS: dict[str, str] = {
     "target": "add a TeacherCallback",
     "target_conditional": "add a TeacherCallback",
     "target_unconditional": "add a TeacherCallback",
+    "old": "train an NFTTeacher",
     "anchor": "add an AnchorCallback",
     "state_kl": "add a TeacherCallback and collect whole rollouts (fused: false)",
     "kl_to_go": "add a TeacherCallback and collect whole rollouts (fused: false)",

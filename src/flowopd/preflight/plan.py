@@ -145,6 +145,7 @@ def _resident(
 ) -> dict[str, float]:
     student = shapes.adapter_bytes(spec)
     parts = {"frozen transformer": nbytes(shapes.transformer()), "adapter of the student": student}
+    parts |= {f"adapter {name!r}": student for name in policy.adapters[1:]}
     parts |= {f"weights of {name}": size for name, size in _teachers(signals_among(callbacks), shapes, notes).items()}
     parts |= {"gradients": student, "optimiser": optimizer_bytes(policy.optimizer, shapes.adapted(spec))}
     if any(isinstance(callback, EMA) for callback in callbacks):

@@ -10,6 +10,7 @@ from flowopd.training.callbacks.progress import Progress
 from flowopd.training.callbacks.results import MergeReport, ResultsTable
 from flowopd.training.cold_start import SFT, ColdStart
 from flowopd.training.grpo_teacher import GRPOTeacher
+from flowopd.training.nft_teacher import Inertia, NFTTeacher
 from flowopd.training.opd_student import OPDStudent
 from flowopd.training.policy import FlowPolicy
 from flowopd.training.rollout_data import RolloutDataModule
@@ -27,7 +28,9 @@ __all__ = [
     "GRPOTeacher",
     "Guard",
     "ImageGrid",
+    "Inertia",
     "MergeReport",
+    "NFTTeacher",
     "OPDStudent",
     "PictureFolder",
     "Progress",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning import Trainer
@@ -53,10 +53,10 @@ def iterations_of(checkpoint: Mapping[str, Any]) -> int:
     return int(checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"])
 
 
-def average_in(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The average that a checkpoint holds, by the names of its trained parameters; empty if it holds none."""
+def average_in(checkpoint: Mapping[str, Any], trained: Sequence[str]) -> dict[str, Tensor]:
+    """The average that a checkpoint holds, by the names of the trained parameters; empty if it holds none."""
     state = checkpoint.get("callbacks", {}).get(AVERAGE) or {}
-    return dict(zip(checkpoint["state_dict"], state["shadow_params"], strict=True)) if state else {}
+    return dict(zip(trained, state["shadow_params"], strict=True)) if state else {}
 
 
 def as_built(optimizer: Optimizer) -> dict[str, Any]:

@@ -10,12 +10,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from flowopd.core.levels import LogitNormal
 from flowopd.core.objectives import FlowMatching
-from flowopd.core.paths import interpolate, velocity_from
 from flowopd.core.ranges import above, at_least, within
 from flowopd.models import Backbone, Merge
 from flowopd.records import Conditioning, Rollout, StepBatch
 from flowopd.rollouts import Draw, RowNoise, VelocityField
+from flowopd.training.forward_process import noised
 from flowopd.training.policy import FlowPolicy
 from flowopd.training.ranks.sums import added_over_ranks
 
@@ -81,19 +82,10 @@ class SFT:
 
     def batches(self, rollout: Rollout, noise: RowNoise) -> Iterator[StepBatch]:
         """Noised final latents, with the velocity noise - clean as target."""
-        clean = rollout.latents[:, -1]
+        density = LogitNormal(self.sigma_mean, self.sigma_std)
         for draw in range(self.draws):
-            sigma = torch.sigmoid(self.sigma_mean + self.sigma_std * noise.named(f"sft level {draw}"))
-            fresh = noise.named(f"sft noise {draw}", noise.shape)
-            batch = StepBatch(
-                x=interpolate(clean, fresh, sigma),
-                sigma=sigma,
-                sigma_next=torch.zeros_like(sigma),
-                noisy=torch.zeros_like(sigma, dtype=torch.bool),
-                cond=rollout.cond,
-                tasks=[prompt.task for prompt in rollout.prompts],
-                metrics=rollout.metrics,
-            ).label(target=velocity_from(clean, fresh))
+            sigma = density.levels(noise.named(f"sft level {draw}"))
+            batch = noised(rollout, sigma, noise.named(f"sft noise {draw}", noise.shape))
             yield batch if rollout.labels.weight is None else _weighty(batch, rollout.labels.weight[:, 0])
 
 

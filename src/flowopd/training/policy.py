@@ -64,6 +64,9 @@ class FlowPolicy(LightningModule):
         scheduler: stepped after every optimiser step.
     """
 
+    adapters: Sequence[str] = (STUDENT,)
+    """Adapters that a run makes, and keeps in its checkpoints; the first is trained."""
+
     routed = False
     """Whether rows of a rollout follow different velocity fields."""
 
@@ -310,9 +313,9 @@ class FlowPolicy(LightningModule):
         return take_adapter(self.backbone.network, STUDENT)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """The student's tensors only; teachers and the backbone are found again by the config."""
+        """The tensors of its own adapters only; teachers and the backbone are found again by the config."""
         state: Mapping[str, Any] = super().state_dict(*args, **kwargs)
-        return {key: value for key, value in state.items() if f".{STUDENT}." in key}
+        return {key: value for key, value in state.items() if any(f".{name}." in key for name in self.adapters)}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say which ranks made the checkpoint, and with which optimiser."""
@@ -331,7 +334,8 @@ class FlowPolicy(LightningModule):
             self._resumed = Resumed(checkpoint, *self._optimizer())
             checkpoint["lr_schedulers"] = []  # made anew, at the step where they were
         else:
-            checkpoint["state_dict"] |= average_in(checkpoint)
+            trained = [key for key in checkpoint["state_dict"] if f".{STUDENT}." in key]
+            checkpoint["state_dict"] |= average_in(checkpoint, trained)
 
     def _check_shapes(self, state: Mapping[str, Tensor]) -> None:
         mine = {key: tuple(value.shape) for key, value in self.state_dict().items()}

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
+import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_target_module_exists
@@ -232,6 +233,13 @@ def take_adapter(network: nn.Module, name: str) -> Adapter:
         a, b = (whole(factor).detach().clone() for factor in _factors(layer, name))
         parts[module] = Factors(a, b, float(layer.scaling[name]))
     return Adapter(parts)
+
+
+@torch.no_grad()
+def follow(network: nn.Module, name: str, leader: str, kept: float) -> None:
+    """Move an adapter towards another one of its shape,  θ ← kept · θ + (1 - kept) · θ_leader; shards move alone."""
+    for mine, theirs in zip(adapter_parameters(network, name), adapter_parameters(network, leader), strict=True):
+        mine.mul_(kept).add_(theirs, alpha=1 - kept)
 
 
 def adapter_names(network: nn.Module) -> set[str]:

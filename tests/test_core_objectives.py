@@ -26,6 +26,7 @@ from flowopd.core import (
     FlowSDE,
     Labels,
     LogRatioSurrogate,
+    NegativeAware,
     Released,
     ReleasedKL,
     ReturnToGo,
@@ -219,6 +220,7 @@ EVERY = [
     ReleasedKL(),
     Anchored(ClippedSurrogate()),
     SelfNormalisedDistance(),
+    NegativeAware(),
     WeightedSum([ClippedSurrogate(), Anchored(ReturnToGo()), TransitionKL()], [0.3, 2.0, 1.0]),
 ]
 every_objective = pytest.mark.parametrize("objective", EVERY, ids=lambda objective: type(objective).__name__)
@@ -229,7 +231,7 @@ def visited(theta: Tensor = STUDENT, **facts: Tensor | None) -> tuple[Transition
     x, noise = torch.randn(2, ROWS, 2, dtype=torch.float64).unbind()
     student = step(theta, x, 1)
     known = {name: torch.rand(ROWS, dtype=torch.float64) for name in ("advantage", "state_kl", "kl_to_go")}
-    known |= {"anchor": velocity(-TEACHER, x)}
+    known |= {"anchor": velocity(-TEACHER, x), "old": velocity(-STUDENT, x)}
     return student, labelled(student, x, student.detach().sample(noise), **(known | facts))
 
 
@@ -333,6 +335,7 @@ PROVIDERS = {
     "log_prob_old": "noisy steps",
     "advantage": "RewardCallback",
     "target": "TeacherCallback",
+    "old": "NFTTeacher",
     "anchor": "AnchorCallback",
     "state_kl": "TeacherCallback and collect whole rollouts",
     "kl_to_go": "TeacherCallback and collect whole rollouts",

@@ -10,11 +10,20 @@ import tiny
 import torch
 from ranks import run_ranks
 
-from flowopd.core import ClippedSurrogate
+from flowopd.core import ClippedSurrogate, NegativeAware
 from flowopd.models.adapters.files import read_adapter
 from flowopd.models.adapters.lora import ATTENTION
 from flowopd.teachers import LoRATeacher
-from flowopd.training import AdapterExport, FlowPolicy, GRPOTeacher, OPDStudent, RewardCallback, TeacherCallback
+from flowopd.training import (
+    AdapterExport,
+    FlowPolicy,
+    GRPOTeacher,
+    Inertia,
+    NFTTeacher,
+    OPDStudent,
+    RewardCallback,
+    TeacherCallback,
+)
 
 DDP, FSDP2 = ({"strategy": name, "devices": 2} for name in ("ddp", "fsdp2"))
 both_strategies = pytest.mark.parametrize("two_ranks", [DDP, FSDP2], ids=["ddp", "fsdp2"])
@@ -66,12 +75,15 @@ class Recipe(NamedTuple):
 
 GRPO = partial(tiny.policy, GRPOTeacher, objective=ClippedSurrogate(1.0), lr=3.0)
 OPD = partial(tiny.policy, OPDStudent, lr=1.0)
+NFT = partial(tiny.policy, NFTTeacher, objective=NegativeAware(), inertia=Inertia(0.5, 0.5), lr=0.1)
 RECIPES = {  # of eight rows
     "grpo": Recipe(GRPO),
     "whole": Recipe(OPD),
     "fused": Recipe(OPD, fused=True),
     "grpo in two updates": Recipe(GRPO, 2, updates=2),
     "fused in two updates": Recipe(OPD, 2, fused=True, updates=2),
+    "nft": Recipe(NFT),
+    "nft in two updates": Recipe(NFT, updates=2),
     "sft in two updates": Recipe(tiny.sft, updates=2),
     "sft in four updates": Recipe(tiny.sft, 2, updates=4),
 }

@@ -420,10 +420,11 @@ class NegativeAware(Shown):
         beta: β.
         advantage_max: A_max, the advantage from which a picture is wholly good.
         weighting: w, the space in which errors are measured.
+        normalise: divide every row's error by its own size.
         floor: smallest divisor.
 
     References:
-        DiffusionNFT (arXiv 2509.16117), Eq. 5 and Algorithm 1.
+        DiffusionNFT (arXiv 2509.16117).
 
     >>> from flowopd.core import ODE
     >>> x, sigma = torch.zeros(1, 1, 1, 2), torch.tensor([1.0])
@@ -440,12 +441,14 @@ class NegativeAware(Shown):
         beta: float = 1.0,
         advantage_max: float = 5.0,
         weighting: Weighting | None = None,
+        normalise: bool = True,
         floor: float = 1e-5,
     ) -> None:
         above(0.0, beta=beta, advantage_max=advantage_max, floor=floor)
         self.beta = beta
         self.advantage_max = advantage_max
         self.weighting = weighting or CleanPicture()
+        self.normalise = normalise
         self.floor = floor
 
     def goodness(self, advantage: Tensor) -> Tensor:
@@ -467,7 +470,10 @@ class NegativeAware(Shown):
         }
 
     def _distance(self, student: Transition, labels: Labels, velocity: Tensor) -> Tensor:
-        return self_normalised(student.shifted_to(velocity), required(labels, "target"), self.weighting, self.floor)
+        proposed, target = student.shifted_to(velocity), required(labels, "target")
+        if self.normalise:
+            return self_normalised(proposed, target, self.weighting, self.floor)
+        return self.weighting.weight(proposed) * squared_error(proposed, target)
 
 
 class BranchDistance(Shown):

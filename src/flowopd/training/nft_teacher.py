@@ -24,6 +24,9 @@ from flowopd.training.roads import sampling
 
 OLD = "old"
 
+OWN_LABELS = frozenset({"target", "old"})
+"""What the pictures and the old policy provide."""
+
 
 @dataclass(frozen=True)
 class Inertia:
@@ -94,8 +97,13 @@ class NFTTeacher(GRPOTeacher):
         self.inertia = inertia or Inertia()
 
     def check(self, tasks: Sequence[str]) -> None:
-        """Raise unless every task has a reward; targets come from the pictures, and need no teacher."""
-        self.signals.require_labels(self.needs() - {"target", "old"}, tasks)
+        """Raise unless every task has a reward, and the objective can be had of noised pictures."""
+        if steps := self.needs() & {"x_next", "log_prob_old", "state_kl", "kl_to_go"}:
+            raise ValueError(
+                f"the objective reads {sorted(steps)}, but noised pictures are no steps of a trajectory; "
+                "use NegativeAware, or train a GRPOTeacher"
+            )
+        self.signals.require_labels(self.needs() - OWN_LABELS, tasks)
 
     def _attach_student(self) -> None:
         super()._attach_student()

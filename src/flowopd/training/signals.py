@@ -168,6 +168,8 @@ class Signals(NamedTuple):
             raise ValueError(
                 "there is an AnchorCallback, but the objective is not Anchored; wrap it in flowopd.core.Anchored"
             )
+        if "old" in needs:
+            raise ValueError("the objective compares with an old policy, which only an NFTTeacher has; train one")
         if "advantage" in needs:
             self.require_rewards(tasks)
 

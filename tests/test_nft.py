@@ -32,9 +32,9 @@ from flowopd.training import (
     EMA,
     AdapterExport,
     AnchorCallback,
+    GRPOTeacher,
     Inertia,
     NFTTeacher,
-    OPDStudent,
     RewardCallback,
     TeacherCallback,
 )
@@ -331,7 +331,7 @@ def test_what_cannot_be_trained_is_refused(nft, tmp_path, options, data, callbac
 
 
 def test_an_old_policy_is_nfts_alone(tiny_pipeline, tmp_path):
-    policy = tiny.policy(OPDStudent, tiny_pipeline, objective=NegativeAware())
+    policy = tiny.policy(GRPOTeacher, tiny_pipeline, objective=NegativeAware())
     callbacks = [RED(), TeacherCallback(["red"], BaseTeacher())]
     with pytest.raises(ValueError, match="compares with an old policy, which only an NFTTeacher has"):
         tiny.trainer(tmp_path, callbacks).fit(policy, tiny.data())

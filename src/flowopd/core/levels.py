@@ -73,4 +73,5 @@ class UniformLevels(Shown):
 
     def levels(self, normal: Tensor) -> Tensor:
         """Return σ (B,) of standard normal numbers (B,)."""
-        return self.low + (self.high - self.low) * torch.special.ndtr(normal)
+        quantile: Tensor = torch.special.ndtr(normal)
+        return self.low + (self.high - self.low) * quantile

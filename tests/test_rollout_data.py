@@ -31,6 +31,9 @@ class Policy(SimpleNamespace):
     def batches_per_rollout(self):
         return 3
 
+    def unasked(self, key):
+        return ()
+
 
 def updates(data, ranks: int, count: int, exchangeable: bool = False) -> list[Counter]:
     """Keys of the rows and their batch of a rollout, in each of the updates of an iteration on all ranks together."""

@@ -112,6 +112,7 @@ class StepBatch:
         labels: what is known about the states, each (B, ...).
         metrics: scalars to log with this batch.
         counts: what the loss of this step counts among those of its rollout, 1 on average.
+        step: its number in the rollout; None of states that are none of a rollout.
         advance: on the fused road, called with the student's detached transition; it moves the trajectory on.
     """
 
@@ -124,6 +125,7 @@ class StepBatch:
     labels: Labels = field(default_factory=Labels)
     metrics: Mapping[str, float] = field(default_factory=dict)
     counts: float = 1.0
+    step: int | None = None
     advance: Callable[[Transition], None] | None = None
 
     def label(self, **facts: Tensor) -> StepBatch:

@@ -22,6 +22,7 @@ from flowopd.core.objectives import (
     WeightedSum,
 )
 from flowopd.core.paths import clean_from_velocity, interpolate, noise_from_velocity, velocity_from
+from flowopd.core.ramps import Course, Ramp
 from flowopd.core.schedules import LinearSchedule, Schedule, ShiftedSchedule
 from flowopd.core.weights import CleanPicture, ExactKL, ODEDistance, Released, Uniform, Weighting
 
@@ -32,6 +33,7 @@ __all__ = [
     "BranchDistance",
     "CleanPicture",
     "ClippedSurrogate",
+    "Course",
     "DanceSDE",
     "Dynamics",
     "ExactKL",
@@ -47,6 +49,7 @@ __all__ = [
     "NegativeAware",
     "ODEDistance",
     "Objective",
+    "Ramp",
     "Released",
     "ReleasedKL",
     "ReturnToGo",

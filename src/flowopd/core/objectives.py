@@ -11,6 +11,7 @@ to 1. A policy gradient of the KL needs the total log-ratio as its advantage, so
 
 import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Protocol, runtime_checkable
 
@@ -18,7 +19,8 @@ import torch
 from torch import Tensor
 
 from flowopd.core.dynamics import Transition
-from flowopd.core.ranges import above, at_least, finite
+from flowopd.core.ramps import Course
+from flowopd.core.ranges import above, at_least, finite, within
 from flowopd.core.shown import Shown
 from flowopd.core.tensors import row_mean, same_shape
 from flowopd.core.weights import CleanPicture, ExactKL, Released, Uniform, Weighting
@@ -328,13 +330,17 @@ class ReleasedKL(Shown):
 class Anchored(Shown):
     """Any objective plus a pull to the anchor:  L = L_objective + λ · mean w · mean (v_θ - v_anchor)².
 
-    With the frozen aesthetic teacher as anchor this is MAR, Manifold Anchor Regularization; with the base model it is
-    GRPO's KL to the reference. Gradient: through v_θ only.
+    The anchor may be asked about some of the trained steps alone, each with probability p, drawn anew in every
+    iteration; there the pull counts λ / p, elsewhere it is left out, so that the expected gradient is that of all
+    steps. With the frozen aesthetic teacher as anchor this is MAR, Manifold Anchor Regularization; with the base model
+    it is GRPO's KL to the reference. Gradient: through v_θ only.
 
     Args:
         objective: the objective to anchor.
-        strength: λ; the paper's 0.02 goes with ``ExactKL`` weights, the released code's 0.04 with ``Released`` ones.
+        strength: λ, or its course along training, such as a ``Ramp``; the paper's 0.02 goes with ``ExactKL`` weights,
+            the released code's 0.04 with ``Released`` ones.
         weighting: w; ``ExactKL``, as in the paper, makes the pull a KL in nats per latent dimension.
+        asked: p, the share of the trained steps that the anchor is asked about.
 
     References:
         Flow-OPD (arXiv 2605.08063), MAR.
@@ -347,19 +353,37 @@ class Anchored(Shown):
     (tensor(4.9000), {'flow_matching/loss': tensor(4.), 'anchor/loss': tensor(9.)})
     """
 
-    def __init__(self, objective: Objective, strength: float = 0.02, weighting: Weighting | None = None) -> None:
-        at_least(0.0, strength=strength)
+    def __init__(
+        self,
+        objective: Objective,
+        strength: float | Course = 0.02,
+        weighting: Weighting | None = None,
+        asked: float = 1.0,
+    ) -> None:
+        if not isinstance(strength, Course):
+            at_least(0.0, strength=strength)
+        above(0.0, asked=asked)
+        within(0.0, 1.0, asked=asked)
         self.objective = objective
         self.needs = labels_of(objective) | {"anchor"}
         self.strength = strength
         self.weighting = weighting or ExactKL()
+        self.asked = asked
+        self.iteration = 0  # a training sets it
+        anchor_share(self)
 
     def loss(self, student: Transition, labels: Labels) -> tuple[Tensor, Metrics]:
-        """Return the objective's loss plus the pull to ``labels.anchor``."""
+        """Return the objective's loss plus the pull to ``labels.anchor``, which a step that was not drawn lacks."""
         loss, metrics = self.objective.loss(student, labels)
+        strength = self.strength
+        if isinstance(strength, Course):
+            strength = strength.at(self.iteration)
+            metrics = metrics | {"anchor/strength": student.sigma.new_tensor(strength)}
+        if labels.anchor is None and self.asked < 1:
+            return loss, metrics
         distance = squared_error(student, required(labels, "anchor"))
         pull = (self.weighting.weight(student) * distance).mean()
-        return loss + self.strength * pull, metrics | {"anchor/loss": pull.detach()}
+        return loss + strength / self.asked * pull, metrics | {"anchor/loss": pull.detach()}
 
 
 class SelfNormalisedDistance(Shown):
@@ -555,6 +579,7 @@ class WeightedSum(Shown):
         self.weights = weights or [1.0] * len(objectives)
         finite(**{f"weights[{k}]": weight for k, weight in enumerate(self.weights)})
         self.needs = frozenset[str]().union(*map(labels_of, objectives))
+        anchor_share(self)
         if len(self.weights) != len(objectives):
             raise ValueError(
                 f"there are {len(self.weights)} weights for {len(objectives)} objectives; expected one each"
@@ -581,6 +606,27 @@ def _free(name: str, taken: Metrics) -> str:
 def labels_of(objective: Objective) -> frozenset[str]:
     """Names of the labels that the objective reads."""
     return frozenset(getattr(objective, "needs", frozenset()))
+
+
+def anchors_in(objective: Objective) -> Iterator[Anchored]:
+    """Every ``Anchored`` that an objective is, or is made of."""
+    if isinstance(objective, Anchored):
+        yield objective
+    inner = getattr(objective, "objective", None)
+    for part in [*getattr(objective, "objectives", ()), *([] if inner is None else [inner])]:
+        yield from anchors_in(part)
+
+
+def anchor_share(objective: Objective) -> float:
+    """The share of the trained steps that an objective asks the anchor about; 1 without an anchor.
+
+    Raises:
+        ValueError: if parts of it ask differently: one answer is for all.
+    """
+    shares = sorted({anchored.asked for anchored in anchors_in(objective)})
+    if len(shares) > 1:
+        raise ValueError(f"the anchor is asked about shares {shares} of the steps; expected one share, for all alike")
+    return shares[0] if shares else 1.0
 
 
 def squared_error(student: Transition, velocity: Tensor) -> Tensor:

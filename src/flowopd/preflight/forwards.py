@@ -13,17 +13,19 @@ import torch
 from lightning import Callback, Trainer
 from torch import Tensor, nn
 
+from flowopd.core.objectives import anchor_share
 from flowopd.models import Backbone
 from flowopd.records import Conditioning, Prompt
 from flowopd.teachers import Composed, FullTeacher, Teacher
 from flowopd.teachers.base import guidance_of
 from flowopd.teachers.composed import at_guidance, identity, parts_of
+from flowopd.training.distances import Distances
 from flowopd.training.policy import FlowPolicy
 from flowopd.training.rollout_data import RolloutDataModule
 from flowopd.training.signals import AnchorCallback, RewardCallback, TeacherCallback
 
 DRAWS = 50
-"""Iterations that are counted where every rollout draws its trained steps."""
+"""Iterations that are counted where every one draws its trained steps, or those that the anchor is asked about."""
 
 TRAINED, SAMPLED, DECODED = "student, trained", "student, rollout", "pictures decoded"
 
@@ -40,9 +42,11 @@ def count_forwards(
     policy, data = copy.copy(policy), copy.copy(data)
     policy.backbone = _CountingBackbone(counts)
     policy.log_dict = _say_nothing  # type: ignore[method-assign]
+    policy.distances = Distances(policy.sampler.num_steps)
     connect(policy, data, _counting(callbacks, counts), accumulate)
     turns = sum(data.mixture.ratio.values()) if data.mixture.alternate else 1
-    turns *= 1 if policy.sampler.steps is None else DRAWS  # a rollout stops at its last trained state, wherever that is
+    drawn = policy.sampler.steps is not None or anchor_share(policy.objective) < 1
+    turns *= DRAWS if drawn else 1  # a rollout stops at its last trained state, wherever that is
     updates = 0
     for _ in range(turns):
         batches = 0

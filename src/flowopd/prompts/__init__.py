@@ -2,8 +2,9 @@
 
 from flowopd.prompts.base import PromptSource
 from flowopd.prompts.files import PromptFile
+from flowopd.prompts.gaps import GapAware
 from flowopd.prompts.geneval import GenEvalPrompts
 from flowopd.prompts.mixture import Mixture
 from flowopd.prompts.ocr import OCRPrompts
 
-__all__ = ["GenEvalPrompts", "Mixture", "OCRPrompts", "PromptFile", "PromptSource"]
+__all__ = ["GapAware", "GenEvalPrompts", "Mixture", "OCRPrompts", "PromptFile", "PromptSource"]

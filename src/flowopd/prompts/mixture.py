@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from flowopd.core.names import perhaps
 from flowopd.core.ranges import at_least
 from flowopd.prompts.base import PromptSource
+from flowopd.prompts.gaps import GapAware
 from flowopd.records import Prompt
 
 
@@ -18,7 +19,7 @@ class Mixture:
 
     Args:
         sources: prompts of each task.
-        ratio: shares of the tasks; default: equal.
+        ratio: shares of the tasks, or a rule by which they follow each task's gap; default: equal.
         alternate: give whole iterations to one task at a time, in a cycle with these shares.
 
     Raises:
@@ -26,13 +27,19 @@ class Mixture:
     """
 
     def __init__(
-        self, sources: Mapping[str, PromptSource], ratio: Mapping[str, int] | None = None, alternate: bool = False
+        self,
+        sources: Mapping[str, PromptSource],
+        ratio: Mapping[str, int] | GapAware | None = None,
+        alternate: bool = False,
     ) -> None:
         if not sources:
             raise ValueError("a mixture needs the prompts of at least one task, got none")
         self.sources = dict(sources)
-        self.ratio = dict(ratio or dict.fromkeys(sources, 1))
+        self.by_gap = ratio if isinstance(ratio, GapAware) else None
+        self.ratio = dict.fromkeys(sources, 1) if isinstance(ratio, GapAware) or not ratio else dict(ratio)
         self.alternate = alternate
+        if alternate and self.by_gap:
+            raise ValueError("alternate gives whole iterations to tasks by fixed shares; leave it out beside GapAware")
         known = ", ".join(sorted(self.sources))
         if strange := sorted(set(self.ratio) - set(self.sources), key=str):
             meant = perhaps(strange[0], self.sources)
@@ -51,6 +58,8 @@ class Mixture:
         """
         at_least(1, count=count)
         at_least(0, iteration=iteration)
+        if self.by_gap:
+            return self.by_gap.counts(list(self.sources), count)
         cycle = [task for task, share in self.ratio.items() for _ in range(share)]
         if self.alternate:
             return {cycle[iteration % len(cycle)]: count}
@@ -71,6 +80,6 @@ class Mixture:
         return sorted(range(count), key=lambda index: (places[index], index))
 
     def draw(self, count: int, iteration: int, seed: int) -> list[Prompt]:
-        """Prompts of one iteration, task after task; they depend on ``iteration`` and ``seed`` alone."""
+        """Prompts of one iteration, task after task; they depend on ``iteration``, ``seed`` and the counts alone."""
         counts = self.counts(count, iteration).items()
         return [prompt for task, n in counts for prompt in self.sources[task].draw(n, seed * 1_000_003 + iteration)]

@@ -126,6 +126,7 @@ class Sampler(Shown):
             noisy=noisy[step].expand(rows),
             cond=cond,
             tasks=tasks,
+            step=step,
         )
 
     @torch.no_grad()

@@ -58,6 +58,19 @@ class Steps(Shown, ABC):
             )
 
 
+def some_of(count: int, share: float, generator: torch.Generator) -> list[int]:
+    """Some of ``count`` steps in order, each with probability ``share``, as many as that says to within one.
+
+    Systematic sampling: those in which u, u + 1, ... fall on a line where each is ``share`` long, u uniform in [0, 1).
+
+    >>> some_of(8, 0.5, torch.Generator().manual_seed(0))
+    [1, 3, 5, 7]
+    """
+    ends = torch.arange(count + 1, dtype=torch.float64) * share
+    passed = (ends - torch.rand((), generator=generator, dtype=torch.float64)).ceil()
+    return passed.diff().nonzero().flatten().tolist()
+
+
 class SpreadSteps(Steps):
     """One step from each of K equal parts of the grid, each step of a part as likely as its neighbours.
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
-from typing import Any, NamedTuple, Protocol
+from statistics import fmean
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from lightning import LightningModule, Trainer
@@ -18,7 +19,7 @@ from typing_extensions import override
 
 from flowopd.core.dynamics import Transition
 from flowopd.core.guidance import guided
-from flowopd.core.objectives import BRANCHES, Objective, labels_of
+from flowopd.core.objectives import BRANCHES, Objective, anchor_share, anchors_in, labels_of
 from flowopd.evaluation import Column, Scoreboard
 from flowopd.models import AdapterSource, Backbone, LoRASpec, Merge
 from flowopd.models.adapters.lora import Adapter, adapter_parameters, add_adapter, attach, take_adapter
@@ -26,7 +27,10 @@ from flowopd.records import Conditioning, EvaluationBatch, Prompt, Rollout, Step
 from flowopd.rewards import Scores
 from flowopd.rewards.judging import means, refuse_unscored
 from flowopd.rollouts import Draw, Sampler, VelocityField
+from flowopd.rollouts.noise import generator
+from flowopd.rollouts.steps import some_of
 from flowopd.training.checkpoints import MADE_BY, OPTIMIZER, Resumed, as_built, average_in, check_resumable, made_by
+from flowopd.training.distances import Distances
 from flowopd.training.ranks.strategies import FSDP2, check_trainer, is_sharded
 from flowopd.training.ranks.sums import added_over_ranks
 from flowopd.training.signals import Signals, signals_among
@@ -39,6 +43,15 @@ class Watcher(Protocol):
 
     def see(self, images: Tensor) -> None:
         """Look at finished pictures (B, 3, H, W) in [0, 1]."""
+        ...
+
+
+@runtime_checkable
+class Learner(Protocol):
+    """Whoever wants to know how far the student still is from its teachers."""
+
+    def learn(self, distances: Mapping[str, Mapping[int, float]]) -> None:
+        """Take in the mean squared distances of an iteration, by task and step; alike on all ranks."""
         ...
 
 
@@ -93,6 +106,7 @@ class FlowPolicy(LightningModule):
         self.scheduler = scheduler
         self.network: nn.Module | None = None
         self.watchers: list[Watcher] = []
+        self.distances = Distances(self.sampler.num_steps)
         self.unscored: dict[str, list[str]] = {}  # by evaluation, the columns of which every score failed
         self._run: _Run | None = None
         self._as_built: dict[str, Any] = {}
@@ -225,6 +239,12 @@ class FlowPolicy(LightningModule):
         """How many step batches ``cut`` makes of a rollout."""
         return self.sampler.trained_per_rollout()
 
+    def unasked(self, key: object) -> frozenset[int]:
+        """Which batches of a rollout the anchor is not asked about, by their number; the same for a key."""
+        batches, share = self.batches_per_rollout(), anchor_share(self.objective)
+        asked = range(batches) if share == 1 else some_of(batches, share, generator(f"anchored steps {key}"))
+        return frozenset(range(batches)).difference(asked)
+
     def cut(self, rollout: Rollout, draw: Draw) -> Iterator[StepBatch]:
         """Cut the rollout of a draw into one batch per trained step; its rows stay together, as they were sampled."""
         for j, counts in draw.trained.items():
@@ -239,11 +259,27 @@ class FlowPolicy(LightningModule):
         """One objective on one batch of visited states."""
         student = self.proposed(batch)
         loss, metrics = self.objective.loss(student, batch.labels)
+        self.distances.note(student, batch)
         if batch.advance is not None:
             batch.advance(student.detach())
         logged: dict[str, Tensor | float] = {**metrics, **batch.metrics}
         self.log_dict(logged, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(batch.x))
         return loss * batch.counts
+
+    def on_train_epoch_start(self) -> None:
+        """Let what changes along training be as it is in this iteration."""
+        self.distances.forget()
+        for anchored in anchors_in(self.objective):
+            anchored.iteration = self.trainer.current_epoch
+
+    def on_train_epoch_end(self) -> None:
+        """Log how far every task is from its teacher, and let the data know, which may draw more of the farthest."""
+        found = self.distances.taken(self)
+        means = {f"distill/velocity_mse/{task}": fmean(steps.values()) for task, steps in found.items()}
+        self.log_dict(means, sync_dist=True)
+        data = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, Learner):
+            data.learn(found)
 
     @torch.no_grad()
     def draw(self, prompts: Sequence[Prompt], noise: Tensor, field: VelocityField | None = None) -> Tensor:

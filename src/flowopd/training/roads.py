@@ -48,12 +48,16 @@ class Whole:
 
     def batches(self, draws: Sequence[Draw]) -> Iterator[StepBatch]:
         """Those of a rollout follow one another; where they are exchangeable, the first of all rollouts come first."""
-        needs = self.policy.needs()
-        cuts = [self.policy.cut(rollout, draw) for rollout, draw in zip(self.rollouts(draws), draws, strict=True)]
-        for batch in chain.from_iterable(zip(*cuts, strict=True) if self.policy.exchangeable else cuts):
+        cuts = [self._cut(rollout, draw) for rollout, draw in zip(self.rollouts(draws), draws, strict=True)]
+        for batch, needs in chain.from_iterable(zip(*cuts, strict=True) if self.policy.exchangeable else cuts):
             with sampling(self.policy):
                 labelled = self.policy.signals.teaching.label(batch, needs)
             yield labelled
+
+    def _cut(self, rollout: Rollout, draw: Draw) -> Iterator[tuple[StepBatch, frozenset[str]]]:
+        """Batches of a rollout, each with the labels that it needs."""
+        for number, batch in enumerate(self.policy.cut(rollout, draw)):
+            yield batch, draw.needs(number, self.policy.needs())
 
     def rollouts(self, draws: Sequence[Draw]) -> list[Rollout]:
         """Finished trajectories, with the labels that only these can have."""
@@ -89,12 +93,13 @@ class Fused:
         policy, sampler = self.policy, self.policy.sampler
         cond = policy.backbone.encode(draw.texts)
         field = policy.behaviour(draw.tasks)
-        needs = policy.needs()
+        numbers = {j: number for number, j in enumerate(draw.trained)}
 
         x = draw.noise.start()
         for j in range(max(draw.trained) + 1):  # what follows the last trained state is not needed
             batch, taken = sampler.batch_at(x, j, cond, draw.tasks), _Taken()
             if j in draw.trained:
+                needs = draw.needs(numbers[j], policy.needs())
                 with sampling(policy):
                     labelled = policy.signals.teaching.label(batch, needs)
                 yield replace(labelled, advance=taken.put, counts=draw.trained[j])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, cast
 
@@ -14,7 +14,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
 from flowopd.core.ranges import at_least
-from flowopd.prompts import Mixture, PromptSource
+from flowopd.prompts import GapAware, Mixture, PromptSource
 from flowopd.prompts.splits import divided, held_out
 from flowopd.records import EvaluationBatch, Prompt, StepBatch
 from flowopd.rollouts import Draw, RowNoise
@@ -27,14 +27,15 @@ class RolloutDataModule(LightningDataModule):
     """Samples the current policy's trajectories on its own device and cuts them into step batches.
 
     Everything random is a function of the seed, the iteration and the row, so that batch sizes and the number of ranks
-    change nothing, and the iteration is all there is to resume.
+    change nothing, and the iteration is all there is to resume (with the gaps that ``GapAware`` follows).
 
     Args:
         prompts: training prompts of each task.
         prompts_per_iteration: distinct prompts of one iteration, over all tasks and ranks.
         group_size: trajectories per prompt (siblings).
         batch_size: rows of one forward; must divide the rows of a rank.
-        ratio: shares of the tasks; default: equal.
+        ratio: shares of the tasks; ``GapAware`` gives more prompts to the task that is farthest from its teacher.
+            Default: equal.
         alternate: give whole iterations to one task at a time.
         share_start: siblings start from the same noise.
         fused: the forward that trains a step also advances the trajectory: half the forwards, for objectives that need
@@ -54,7 +55,7 @@ class RolloutDataModule(LightningDataModule):
         prompts_per_iteration: int = 16,
         group_size: int = 1,
         batch_size: int = 16,
-        ratio: dict[str, int] | None = None,
+        ratio: dict[str, int] | GapAware | None = None,
         alternate: bool = False,
         share_start: bool = False,
         fused: bool = False,
@@ -115,6 +116,7 @@ class RolloutDataModule(LightningDataModule):
         if stage == "fit":
             self.policy.check(list(self.mixture.sources))
             self._check_road()
+            self._check_gaps()
             check_fit_limits(self.trainer, self._length())
             self._say_seeds()
         verb = TrainerFn(stage).value
@@ -162,6 +164,19 @@ class RolloutDataModule(LightningDataModule):
                 f"choose a multiple of its {together} trained steps"
             )
 
+    def _check_gaps(self) -> None:
+        taught = self.policy.needs() & {"target", "state_kl"} and not self.policy.exchangeable
+        if self.mixture.by_gap and not taught:
+            raise ValueError(
+                "ratio: GapAware follows the distances to the teachers of the visited steps, which "
+                f"{type(self.policy).__name__} does not have here; give shares as numbers"
+            )
+
+    def learn(self, distances: Mapping[str, Mapping[int, float]]) -> None:
+        """Take in the mean squared distances to the teachers of an iteration, by task and step."""
+        if self.mixture.by_gap:
+            self.mixture.by_gap.learn(distances)
+
     def train_dataloader(self) -> RolloutLoader:
         """A sized iterable, so that Lightning does not prefetch (a prefetched batch would be off-policy by one)."""
         return RolloutLoader(self._batches, self._length())
@@ -176,19 +191,28 @@ class RolloutDataModule(LightningDataModule):
         return self._chunks() * self.policy.batches_per_rollout()
 
     def _batches(self) -> Iterator[StepBatch]:
-        last = self._length() - 1
+        last, shares = self._length() - 1, self._shares_by_gap()
         for index, batch in enumerate(self.road.batches(self.draws())):
             if index == last:  # so that the checkpoint at the end of the epoch counts this iteration as done
                 self.iteration += 1
-            yield batch
+            yield replace(batch, metrics={**batch.metrics, **shares}) if shares else batch
+
+    def _shares_by_gap(self) -> dict[str, float]:
+        """What to log of an iteration whose tasks are shared out by their gaps."""
+        if not self.mixture.by_gap:
+            return {}
+        counts = self.mixture.counts(self.prompts_per_iteration, self.iteration)
+        shares = {f"mixture/{task}": number / self.prompts_per_iteration for task, number in counts.items()}
+        return shares | {f"gap/{task}": gap for task, gap in self.mixture.by_gap.gaps().items()}
 
     def draws(self) -> list[Draw]:
         """What this rank's forwards of the next iteration draw; nothing is encoded or sampled yet."""
         prompts = self.mixture.draw(self.prompts_per_iteration, self.iteration, self.seed)
         rows = [(group, sibling) for group in self._groups() for sibling in range(self.group_size)]
         chunks = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
-        trained = self.policy.sampler.draw_steps(f"{self.seed} {self.iteration}")  # alike for all rows and ranks
-        return [Draw([prompts[group] for group, _ in chunk], self._noise(chunk), trained) for chunk in chunks]
+        key = f"{self.seed} {self.iteration}"  # alike for all rows and ranks
+        drawn = self.policy.sampler.draw_steps(key), self.policy.unasked(key)
+        return [Draw([prompts[group] for group, _ in chunk], self._noise(chunk), *drawn) for chunk in chunks]
 
     def _groups(self) -> list[int]:
         """This rank's prompts of the next iteration, by their place in the mixture's draw.
@@ -269,12 +293,15 @@ class RolloutDataModule(LightningDataModule):
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """The iteration is all there is to resume."""
-        return {"iteration": self.iteration}
+        """The iteration is all there is to resume, and what tasks are shared out by."""
+        by_gap = self.mixture.by_gap
+        return {"iteration": self.iteration} | ({"by_gap": by_gap.state_dict()} if by_gap else {})
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on with the next iteration."""
         self.iteration = state_dict["iteration"]
+        if self.mixture.by_gap and "by_gap" in state_dict:  # else they are measured from here on
+            self.mixture.by_gap.load_state_dict(state_dict["by_gap"])
 
 
 @dataclass

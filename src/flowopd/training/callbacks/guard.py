@@ -16,7 +16,9 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from flowopd.core.names import perhaps
+from flowopd.core.objectives import anchor_share
 from flowopd.core.ranges import above, at_least, finite
+from flowopd.training.policy import FlowPolicy
 
 # Changes against the start, as `evaluation.drift.drift_changes` defines them, that no healthy run has shown.
 DRIFT: Mapping[str, tuple[float, float]] = {
@@ -44,8 +46,8 @@ class Guard(Callback):
     iteration at the weights and at what was logged: ratios, the distances to teacher and anchor, pictures.
 
     A distance differs between steps, and a run may draw anew which steps it trains. So it is compared with its largest
-    value in the first ``warm_up`` iterations, which have seen most steps; in these it may exceed the largest so far by
-    the square of ``growth``.
+    value in the first ``warm_up`` iterations, which have seen most steps (of the anchor, as many more as it is asked
+    about fewer steps); in these it may exceed the largest so far by the square of ``growth``.
 
     Args:
         on_alarm: ``stop`` ends the run with one sentence; ``warn`` says it once, keeps a copy of the last checkpoint as
@@ -105,8 +107,10 @@ class Guard(Callback):
         if _anywhere(trainer, bool(_bad(_weights(pl_module)))):
             self._raise(trainer, "weights", "the trained weights are not finite")
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        share = anchor_share(pl_module.objective) if isinstance(pl_module, FlowPolicy) else 1.0
         for name, value in metrics.items():
-            if (reason := self._fault(name, value, trainer.current_epoch)) is not None:
+            seen = int(trainer.current_epoch * (share if name == "anchor/loss" else 1))
+            if (reason := self._fault(name, value, seen)) is not None:
                 self._raise(trainer, name, f"{name} is {value:.3g}, {reason}")
 
     @override
@@ -118,6 +122,7 @@ class Guard(Callback):
         self.start = state_dict["start"]
 
     def _fault(self, name: str, value: float, iteration: int) -> str | None:
+        """What is wrong with a metric, of which so many iterations were seen before."""
         if name.endswith("/loss") and not math.isfinite(value):
             return "not a finite number"
         if name.endswith("/log_ratio") and not abs(value) <= self.log_ratio:

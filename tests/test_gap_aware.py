@@ -34,7 +34,7 @@ def learnt(distances: dict[str, float], **options) -> GapAware:
 # -------------------------------------------------------------------------------------------------------------- shares
 
 
-@pytest.mark.parametrize("count", [3, 7, 24, 128])
+@pytest.mark.parametrize("count", [3, 10, 24, 128])
 @pytest.mark.parametrize("floor", [0.01, 0.1, 0.3])
 def test_every_task_has_its_floor_and_the_prompts_are_whole_and_all_of_them(count, floor):
     chance = random.Random(0)

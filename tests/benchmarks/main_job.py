@@ -98,6 +98,7 @@ def main(words: Sequence[str] | None = None) -> dict:
     }
     show(found)
     if options.folder is not None:
+        options.folder.mkdir(parents=True, exist_ok=True)
         (options.folder / "main_job.json").write_text(json.dumps(found, indent=1))
     return found
 

@@ -271,6 +271,18 @@ def test_every_config_builds(path, adapters, monkeypatch):
     assert not Path("run/checkpoints").exists()
 
 
+OVERLAYS = sorted((CONFIGS / "tiles" / "ablations").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.stem)
+def test_every_overlay_of_the_main_job_builds(overlay, adapters, monkeypatch):
+    monkeypatch.setattr(command_line, "asset", lambda name: adapters.get(name) or asset(name))
+    monkeypatch.setattr(command_line.LightningCLI, "_run_subcommand", lambda *_: None)
+    words = ["--config", str(CONFIGS / "tiles" / "opd.yaml"), "--config", str(overlay), "--trainer.accelerator", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["flowopd", "fit", *words, "--trainer.default_root_dir", "run"])
+    main()
+
+
 RUNS = {  # overrides, and the models in the table
     "opd": (FUSED, ["base", "teacher-composition", "teacher-text", "teacher-crispness", "cold-start", "student"]),
     "opd_no_mar": (FUSED, ["base", "teacher-composition", "teacher-text", "cold-start", "student"]),

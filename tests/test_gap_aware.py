@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves_with_path
 
 from flowopd.core import ClippedSurrogate
 from flowopd.preflight.forwards import count_forwards
+from flowopd.preflight.plan import Hardware, plan
 from flowopd.prompts import GapAware, Mixture
 from flowopd.rollouts import Sampler, SpreadSteps
 from flowopd.teachers import BaseTeacher, LoRATeacher
@@ -245,7 +246,8 @@ def test_without_teachers_there_are_no_gaps_to_follow(tiny_pipeline, tmp_path, e
 def test_a_plan_counts_equal_shares_and_leaves_the_gaps_unknown(tiny_pipeline):
     policy = tiny.policy(OPDStudent, tiny_pipeline, sampler=Sampler(4))
     data = tiny.data("red", "green", ratio=GapAware(), **SIZES)
-    counts = count_forwards(policy, data, [TeacherCallback([task], BaseTeacher()) for task in ("red", "green")], 1, 6)
-    assert counts["teacher-red + teacher-green"] == 12 * 3
+    teachers = [TeacherCallback([task], BaseTeacher()) for task in ("red", "green")]
+    assert count_forwards(policy, data, teachers, 1, 6)["teacher-red + teacher-green"] == 12 * 3
     assert data.mixture.by_gap.gaps() == {}
+    assert "tasks share the prompts alike" in plan(policy, data, teachers, Hardware()).notes[0]
     assert policy.distances._noted == []

@@ -40,7 +40,8 @@ def test_a_schedule_ends_with_the_run(name):
 @every_trained_recipe
 def test_every_update_has_each_task_by_its_share(name):
     recipe, data = READ[name], READ[name].data.init_args
-    ratio = dict(data.get("ratio") or dict.fromkeys(data.prompts, 1))
+    given = data.get("ratio") or {}
+    ratio = dict.fromkeys(data.prompts, 1) if "class_path" in given or not given else dict(given)  # gaps begin alike
     mixture = Mixture({task: tiny.Words(task) for task in ratio}, ratio, data.get("alternate", False))
     prompts = mixture.draw(data.prompts_per_iteration, 0, 0)
     tasks = [prompts[index].task for index in mixture.dealt(len(prompts), 0)]

@@ -38,7 +38,13 @@ THINGS = [
     core.StateRewardSurrogate(),
     core.ReleasedKL(advantage_clip=1.0),
     core.SelfNormalisedDistance(core.ExactKL()),
+    core.BranchDistance(strength=0.5),
+    core.NegativeAware(beta=0.5),
+    core.LogitNormal(std=1.2),
+    core.UniformLevels(low=0.1),
     core.Anchored(core.TransitionKL(), strength=2.5),
+    core.Anchored(core.TransitionKL(), core.Ramp(4.0, 1.0, 300), asked=0.5),
+    core.Ramp(0.0, 1.0, iterations=3),
     core.WeightedSum([core.TransitionKL(), core.FlowMatching()], [1.0, 0.5]),
     core.Labels(advantage=tensor([0.5])),
     core.Gaussian(tensor([[1.0]]), tensor([0.5])),
@@ -73,7 +79,7 @@ def test_an_object_prints_as_it_would_be_made(thing):
 
 def test_every_class_of_the_maths_prints():
     made = {cls for cls in PUBLIC.values() if inspect.isclass(cls) and not inspect.isabstract(cls)}
-    protocols = {core.Objective, core.Schedule, core.Weighting}
+    protocols = {core.Course, core.Levels, core.Objective, core.Schedule, core.Weighting}
     assert made - protocols == {type(thing) for thing in THINGS if type(thing).__module__.startswith("flowopd.core")}
 
 

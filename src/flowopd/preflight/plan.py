@@ -96,6 +96,8 @@ def plan(policy: FlowPolicy, data: RolloutDataModule, callbacks: Sequence[Callba
     shapes = Shapes(policy.backbone)
     student = student_adapter(policy)
     notes = list(student.notes)
+    if data.mixture.by_gap:
+        notes.append("tasks share the prompts alike, as they do until their gaps are known")
     checkpointing = shapes.backbone.activation_checkpointing
     cost = trace(shapes, student.spec, hardware.autocast)
     forwards = count_forwards(policy, data, callbacks, hardware.ranks, hardware.accumulate)

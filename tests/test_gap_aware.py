@@ -75,7 +75,7 @@ def test_a_gap_does_not_depend_on_which_steps_were_drawn():
 
 
 def test_gaps_are_relative_to_the_beginning_or_absolute():
-    for absolute, expected in ((False, {"red": 0.5, "green": 0.25}), (True, {"red": 2.0, "green": 10.0})):
+    for absolute, expected in ((False, {"red": 0.5, "green": 0.25}), (True, {"red": 1.0, "green": 5.0})):
         rule = GapAware(decay=0.0, absolute=absolute)
         rule.learn({"red": {0: 3.0, 1: 1.0}, "green": {0: 30.0, 1: 10.0}})
         rule.learn({"red": {0: 1.5, 1: 0.5}, "green": {0: 7.5, 1: 2.5}})

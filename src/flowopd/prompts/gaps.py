@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from flowopd.core.ranges import above, within
@@ -14,7 +15,7 @@ Distances = Mapping[str, Mapping[int, float]]
 class GapAware(Shown):
     """More prompts for the task whose distance to its teacher has shrunk least.
 
-        gap_t = Σ_j d_tj / Σ_j d_tj at the beginning,    n_t = least + (N - T · least) · gap_t / Σ_s gap_s
+        gap_t = mean_j d_tj / mean_j d_tj at the beginning,    n_t = least + (N - T · least) · gap_t / Σ_s gap_s
 
     d_tj is a running average of the squared distance of velocities of task t at step j, so that it does not matter
     which steps were drawn. Of N prompts each of the T tasks gets its ``least``, floor · N rounded up; the others go by
@@ -23,7 +24,8 @@ class GapAware(Shown):
     Args:
         floor: the smallest share of a task.
         decay: of the running averages, per iteration in which the step was trained; 0 for the last distance alone.
-        absolute: gap_t = Σ_j d_tj; for tasks whose distances compare, or a student that starts at one of its teachers.
+        absolute: gap_t = mean_j d_tj, for tasks whose distances compare, or a student that starts at one of its
+            teachers.
 
     Raises:
         ValueError: if a number is out of range.
@@ -67,7 +69,7 @@ class GapAware(Shown):
 
     def gaps(self) -> dict[str, float]:
         """What is known of every task's gap."""
-        return {task: self._gap(task) for task in self._now}
+        return {task: self._gap(task) for task, steps in self._now.items() if steps}
 
     def learn(self, distances: Distances) -> None:
         """Take the distances of an iteration into the running averages; what is not finite is left out."""
@@ -89,7 +91,7 @@ class GapAware(Shown):
         )
 
     def _gap(self, task: str) -> float:
-        now, first = sum(self._now[task].values()), sum(self._first[task].values())
+        now, first = fmean(self._now[task].values()), fmean(self._first[task].values())
         return now if self.absolute else now / max(first, 1e-12)
 
     def _gaps(self, tasks: Sequence[str]) -> dict[str, float]:

@@ -297,7 +297,8 @@ def table() -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-COLUMNS = ["model", "composition", "composition_strict", "text", "text_strict", "crispness", "average"]
+COLUMNS = ["model", "guidance", "composition", "composition_strict", "text", "text_strict", "crispness", "average"]
+DISTANCES = ["fixed_kl/teacher-composition", "fixed_kl/teacher-text"]
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -310,7 +311,9 @@ def test_a_run_leaves_everything_in_its_folder(config, flowopd, name):
     assert {"images/iteration_00000.png", "images/models.png"} <= left
     assert any(file.startswith("tensorboard/events") for file in left)
     assert [row["model"] for row in table()] == models
-    assert list(table()[0]) == COLUMNS
+    assert list(table()[0]) == COLUMNS + DISTANCES * name.startswith("opd")
+    guidance = {"teacher-composition": "1.1", "teacher-text": "1.4"} if name.startswith("opd") else {}
+    assert {row["model"]: row["guidance"] for row in table()} == dict.fromkeys(models, "1") | guidance
 
 
 def test_a_merge_exports_its_adapter(config, flowopd):

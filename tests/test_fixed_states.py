@@ -71,6 +71,32 @@ def test_every_model_of_the_final_table_has_it_and_every_student_is_asked_the_sa
         assert table["student"][f"fixed_kl/teacher-{task}"] == "0.000" != table["base"][f"fixed_kl/teacher-{task}"]
 
 
+def measured(tiny_pipeline, folder, experts, start, **options):
+    """What the callback says of a student that stays, and the callback and policy themselves."""
+    policy, callback = tiny.policy(OPDStudent, tiny_pipeline, start=start, lr=0.0), FixedStateKL(2)
+    trainer = tiny.trainer(folder, callbacks(experts, callback), limit_val_batches=1.0)
+    trainer.fit(policy, tiny.data(*TASKS, **options))
+    return figures(trainer), callback, policy
+
+
+def test_states_are_the_same_for_every_student_and_every_batch_size(tiny_pipeline, tmp_path, experts):
+    one, first, _ = measured(tiny_pipeline, tmp_path, experts, experts["red"])
+    small, second, _ = measured(tiny_pipeline, tmp_path, experts, experts["red"], batch_size=2, evaluation_batch_size=1)
+    other, third, _ = measured(tiny_pipeline, tmp_path, experts, experts["green"], prompts_per_iteration=8)
+    assert one == small != other
+    for name in one:
+        states = [callback._visited[name.removeprefix("fixed_kl/")].states for callback in (first, second, third)]
+        assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*states, strict=True))
+
+
+def test_a_teacher_is_no_distance_from_itself(tiny_pipeline, tmp_path, experts):
+    _, callback, policy = measured(tiny_pipeline, tmp_path, experts, experts["red"])
+    for name, teacher in policy.signals.teaching.teachers_by_name().items():
+        found = callback.measure(policy, teacher.velocity)
+        assert found.pop(f"fixed_kl/{name}") == 0
+        assert min(found.values()) > 0
+
+
 def test_a_composed_teacher_walks_its_own_way(tiny_pipeline, tmp_path, experts):
     beyond = TeacherCallback(list(TASKS), Beyond(LoRATeacher(experts["red"]), BaseTeacher(), 1.0), name="beyond")
     policy = tiny.policy(OPDStudent, tiny_pipeline, start=experts["red"], lr=0.0)

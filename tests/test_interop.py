@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -395,6 +396,33 @@ def test_the_card_is_the_hub_s_and_tells_how_the_adapter_was_made(backbone, tiny
     assert json.loads((tmp_path / CONFIG).read_text())["base_model_name_or_path"] == "org/base"
     export_adapter(adapter, tmp_path, card(tiny_pipeline))
     assert HubCard.load(tmp_path / "README.md").data.base_model is None  # a folder is no model of the hub
+
+
+@pytest.mark.parametrize(
+    ("scale", "said"),
+    [
+        (1.0, r"Draw without guidance \(`guidance_scale=1\.0`\)"),
+        (4.5, r"Draw with guidance 4\.5 \(`guidance_scale=4\.5`\)"),
+        (0.5, r"trained at `guidance_scale=0\.5`; diffusers draws without guidance at 1 and below"),
+    ],
+)
+def test_the_card_tells_at_which_guidance_to_draw_in_the_pipeline_s_own_argument(backbone, tmp_path, scale, said):
+    export_adapter(student(backbone), tmp_path, card(guidance_scale=scale))
+    text = (tmp_path / "README.md").read_text()
+    assert re.search(said, text)
+    assert f'pipe("PROMPT", guidance_scale={scale}).images[0]' in text
+    pipe = StableDiffusion3Pipeline.from_pretrained(backbone.path)
+    pipe._guidance_scale = scale
+    assert pipe.do_classifier_free_guidance == (scale > 1)
+
+
+def test_a_folded_student_s_card_says_without_guidance(tiny_pipeline, tmp_path):
+    teacher = LoRATeacher(tiny.expert(tmp_path / "expert", tiny_pipeline), guidance_scale=4.5)
+    policy = tiny.policy(OPDStudent, tiny_pipeline)
+    tiny.trainer(tmp_path, [TeacherCallback(["red"], teacher), AdapterExport()]).fit(policy, tiny.data())
+    text = (tmp_path / "adapter" / "README.md").read_text()
+    assert "Draw without guidance (`guidance_scale=1.0`)" in text
+    assert "guidance_scale=4.5)" in text  # the teacher's, among the facts
 
 
 def test_a_fit_exports_a_card_that_knows_its_teachers(tiny_pipeline, tmp_path):

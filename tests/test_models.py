@@ -8,6 +8,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from tiny import loaded
 
+from flowopd import tiles
 from flowopd.core import CPS, ODE, FlowSDE, ShiftedSchedule
 from flowopd.models import LoRASpec, SD3Backbone
 from flowopd.models.adapters.lora import (
@@ -110,6 +111,22 @@ def test_no_sequence_length_leaves_the_t5_out(tiny_pipeline):
 
 def test_the_velocity_is_the_stock_transformer_s(base, stock, state):
     assert torch.equal(base.velocity(*state), stock_velocity(stock.transformer, state))
+
+
+@pytest.mark.parametrize(
+    ("path", "scale"),
+    [
+        ("stabilityai/stable-diffusion-3.5-medium", 4.5),
+        ("hub/models--stabilityai--stable-diffusion-3.5-medium/snapshots/0123abcd", 4.5),
+        ("models/stable-diffusion-3.5-large-turbo", 1.0),
+        (str(tiles.BASE), 1.0),
+        ("runs/tiles/base", 1.0),
+        ("somebody/stable-diffusion-3.5-medium-turbo", None),
+    ],
+)
+def test_a_model_that_is_known_says_at_which_guidance_it_is_meant_to_be_drawn(path, scale):
+    assert SD3Backbone(path).guidance_scale == scale
+    assert SD3Backbone(path, guidance_scale=2.5).guidance_scale == 2.5
 
 
 def test_guidance_is_that_of_the_negative_prompt(tiny_pipeline, stock, state):

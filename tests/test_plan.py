@@ -13,17 +13,19 @@ from flowopd.models import LoRASpec, Merge, SD3Backbone
 from flowopd.models.adapters.lora import adapter_parameters, add_adapter
 from flowopd.preflight import costs
 from flowopd.preflight.costs import flop_counter
-from flowopd.preflight.forwards import DECODED, SAMPLED, TRAINED, count_forwards
+from flowopd.preflight.forwards import DECODED, SAMPLED, TRAINED, count_evaluation, count_forwards, pictures_per_update
 from flowopd.preflight.plan import Hardware, device_count, measured, optimizer_bytes, plan
 from flowopd.preflight.shapes import KNOWN, Shapes, nbytes, parameter_count
 from flowopd.preflight.tables import seconds, show_plan
-from flowopd.rollouts import Sampler
+from flowopd.rollouts import Sampler, SpreadSteps
 from flowopd.teachers import BaseTeacher, LoRATeacher
 from flowopd.training import (
     EMA,
     SFT,
     AnchorCallback,
     ColdStart,
+    DriftMetrics,
+    FixedStateKL,
     GRPOTeacher,
     OPDStudent,
     RewardCallback,
@@ -121,6 +123,24 @@ def test_forwards_are_those_of_the_released_sizes(planned):
     assert 1 < planned.flop["backward"] / planned.flop[TRAINED] < 1.25  # the frozen weights need no gradient
 
 
+def per_picture(planned, policy, data, callbacks, steps: int) -> float:
+    """What a plan of these sizes says, without its shapes."""
+    forwards = count_forwards(policy, data, callbacks, accumulate=steps)
+    return replace(planned, forwards=forwards, pictures=pictures_per_update(policy, data, 1, steps)).per_picture()
+
+
+def test_a_picture_of_the_full_road_takes_ninety_forwards_and_a_folded_one_of_two_steps_twenty(planned):
+    """A backward counts as two. MAR asks one more teacher: without it the full road takes 72, and 92 if it stores."""
+    policy, data, callbacks = released_sizes()
+    plain = OPDStudent(policy.backbone, sampler=policy.sampler)
+    assert per_picture(planned, plain, data, callbacks[:2], 9) == 92
+    data.fused = True
+    assert per_picture(planned, plain, data, callbacks[:2], 9) == 72
+    assert per_picture(planned, policy, data, callbacks, 9) == 90
+    policy.sampler = Sampler(num_steps=10, steps=SpreadSteps(2))
+    assert 8 < per_picture(planned, policy, data, callbacks, 2) <= 20
+
+
 # ------------------------------------------------------------------------------------------------------------ forwards
 
 
@@ -171,6 +191,15 @@ def test_sft_samples_by_the_teachers(tiny_pipeline):
     policy = ColdStart(tiny.backbone(tiny_pipeline), SFT(draws=2), sampler=Sampler(num_steps=4))
     found = count_forwards(policy, tiny.data(group_size=1), [teacher("red", guidance_scale=2.0)])
     assert found == {"teacher-red": 4 * 4 * 2 / 2, TRAINED: 4}
+
+
+def test_an_evaluation_counts_its_pictures_and_what_callbacks_measure(tiny_pipeline):
+    policy = tiny.policy(OPDStudent, tiny_pipeline, sampler=Sampler(num_steps=4, eval_steps=5))
+    callbacks = [teacher("a", guidance_scale=3.0), teacher("b", guidance_scale=1.0), DriftMetrics(2), FixedStateKL(3)]
+    found = count_evaluation(policy, tiny.data("a", "b", evaluation_count=10), callbacks, ranks=2)
+    once = {"teacher-a, once": 3 * 5 * 2, "teacher-b, once": 3 * 5}
+    assert found == {"held-out pictures": 20 * 5 / 2, "DriftMetrics": 4 * 5, "FixedStateKL": 6 * 4} | once
+    assert count_evaluation(policy, tiny.data("a", evaluation_count=0), callbacks) == {}
 
 
 def test_counting_leaves_the_recipe_as_it_was(tiny_pipeline):

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from flowopd.models.adapters.files import read_adapter
-from flowopd.teachers import BaseTeacher, LoRATeacher
+from flowopd.rollouts import Sampler
+from flowopd.teachers import BaseTeacher, Beyond, LoRATeacher
 from flowopd.training import (
     EMA,
     AdapterExport,
@@ -22,7 +23,7 @@ from flowopd.training import (
     RewardCallback,
     TeacherCallback,
 )
-from flowopd.training.callbacks.results import evaluate
+from flowopd.training.callbacks.results import evaluate, models
 
 
 @pytest.fixture
@@ -48,8 +49,34 @@ def test_a_student_that_stays_at_its_teacher_scores_as_its_teacher(tiny_pipeline
     rows = table(tmp_path)
     assert list(rows) == ["base", "teacher-red", "cold-start", "student"]
     assert rows["teacher-red"] == rows["cold-start"] == rows["student"] != rows["base"]
-    assert rows["student"].keys() == {"red", "average"}
-    assert (tmp_path / "results.md").read_text().startswith("| model | red | average |")
+    assert rows["student"].keys() == {"guidance", "red", "average"}
+    assert (tmp_path / "results.md").read_text().startswith("| model | guidance | red | average |")
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_every_row_has_its_own_guidance_and_says_it(tiny_pipeline, tmp_path, expert, scale):
+    """The base is drawn as the model is meant to be, whatever the student's guidance; the column is in no average."""
+    policy = tiny.policy(OPDStudent, tiny_pipeline, lr=0.0, sampler=Sampler(num_steps=4, guidance_scale=scale))
+    policy.backbone.guidance_scale = 3.0
+    beyond = Beyond(LoRATeacher(expert, guidance_scale=1.5), BaseTeacher(), strength=1.0)
+    callbacks = [AnchorCallback(BaseTeacher(3.0)), TeacherCallback(["red"], beyond), ResultsTable()]
+    trainer = tiny.trainer(tmp_path, [*callbacks, RewardCallback("red", tiny.Brightness())])
+    trainer.test(policy, tiny.data(), verbose=False)
+    rows = table(tmp_path)
+    said = {name: row.pop("guidance") for name, row in rows.items()}
+    assert said == {"base": "3", "teacher-red": "1.5 and 1", "anchor": "3", "student": f"{scale:g}"}
+    assert rows["base"] == rows["anchor"]
+    assert all(row["red"] == row["average"] for row in rows.values())
+    state = torch.randn(2, 4, 8, 8), torch.tensor([0.5, 0.9]), policy.backbone.encode(["red 1", "red 2"])
+    field = models(policy)["base"](*state)
+    assert torch.equal(field, policy.backbone.velocity(*state, guidance_scale=3.0))
+    assert not torch.allclose(field, policy.velocity(*state), atol=1e-4)
+
+
+def test_the_base_of_an_unknown_model_is_drawn_as_the_policy_is(tiny_pipeline):
+    policy = tiny.policy(OPDStudent, tiny_pipeline, sampler=Sampler(guidance_scale=2.0))
+    assert policy.backbone.guidance_scale is None
+    assert policy.base().guidance_scale == 2.0
 
 
 class Scores(ResultsTable):

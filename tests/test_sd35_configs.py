@@ -1,5 +1,6 @@
 """The laws of configs/sd35: every file parses, builds and runs, with a tiny pipeline in place of the real one."""
 
+import csv
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from flowopd.cli import run as command_line
 from flowopd.cli.main import main
+from flowopd.models import SD3Backbone
 from flowopd.models.adapters.files import read_adapter
 from flowopd.records import Prompt
 from flowopd.training import FlowPolicy
@@ -24,7 +26,7 @@ OVERLAYS = sorted(path.stem for path in (CONFIGS / "hardware").glob("*.yaml"))
 WANTED = (
     "teacher_geneval teacher_ocr teacher_pickscore teacher_deqa grpo_mix cold_start_merge cold_start_sft opd opd_no_mar"
 )
-WANTED += " opd+folded opd+sft opd+released opd+paper opd+branches evaluate"
+WANTED += " opd_folded opd+sft opd+released opd+paper opd+branches evaluate"
 RANKS = {"24gb": 1, "1x80gb": 1, "8x80gb_fsdp": 8, "multinode": 16}
 STUB = {"class_path": "test_sd35_configs.Redness"}
 
@@ -65,7 +67,9 @@ def config(pipeline, adapters):
         name, _, ablation = name.partition("+")
         content = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
         options = content["model"]["init_args"]
+        own = SD3Backbone(**options["backbone"]["init_args"]).guidance_scale
         options["backbone"]["init_args"] = {"path": pipeline, "dtype": "float32", "max_sequence_length": 0}
+        options["backbone"]["init_args"] |= {"guidance_scale": own}  # a tiny pipeline has no name that tells
         for holder in (options.get("start"), options.get("strategy")):
             if isinstance(holder, dict) and "adapters" in holder.get("init_args", {}):
                 holder["init_args"]["adapters"] = [adapters[path] for path in holder["init_args"]["adapters"]]
@@ -147,13 +151,14 @@ def test_every_recipe_builds_with_its_own_rewards(name, config, built):
     assert isinstance(cli.model, FlowPolicy)
 
 
+@pytest.mark.parametrize(("recipe", "trained"), [("opd", 9), ("opd_folded", 2)])
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_every_overlay_builds_on_the_main_recipe(overlay, config, built):
-    cli = built("fit", *config("opd"), "--config", str(CONFIGS / "hardware" / f"{overlay}.yaml"), *CPU)
+def test_every_overlay_builds_on_the_main_recipes(overlay, recipe, trained, config, built):
+    cli = built("fit", *config(recipe), "--config", str(CONFIGS / "hardware" / f"{overlay}.yaml"), *CPU)
     assert cli.trainer.num_devices * cli.trainer.num_nodes == RANKS[overlay]
     assert cli.model.backbone.activation_checkpointing == (overlay == "24gb")
     chunks = 128 // RANKS[overlay] // cli.datamodule.batch_size
-    assert cli.trainer.accumulate_grad_batches == 9 * chunks
+    assert cli.trainer.accumulate_grad_batches == trained * chunks
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -167,7 +172,7 @@ def test_sizes_divide_on_every_hardware(name, overlay):
         return  # nothing is trained
     prompts, rest = divmod(data["prompts_per_iteration"], RANKS[overlay])
     chunks, more = divmod(prompts * data["group_size"], data["batch_size"])
-    batches = {"cold_start_sft": 4, "opd+folded": 2}.get(name, 9)
+    batches = {"cold_start_sft": 4, "opd_folded": 2}.get(name, 9)
     assert rest == more == chunks * batches % recipe["updates_per_iteration"] == 0
 
 
@@ -177,7 +182,7 @@ def test_recipes_say_what_the_sources_say(name):
     model, data = content["model"]["init_args"], content["data"]["init_args"]
     sampler = model["sampler"]["init_args"]
     assert (sampler["num_steps"], sampler["eval_steps"]) == (10, 40)
-    assert sampler.get("guidance_scale") == {"cold_start_sft": None, "opd+folded": 1.0}.get(name, 4.5)
+    assert sampler.get("guidance_scale") == {"cold_start_sft": None, "opd_folded": 1.0}.get(name, 4.5)
     if name.startswith("teacher_"):
         assert model["objective"]["init_args"]["strength"] == (0.01 if name.endswith("pickscore") else 0.04)
         assert (data["prompts_per_iteration"], data["group_size"]) == (48, 24)
@@ -230,12 +235,18 @@ ALIKE = {"opd+sft", "opd_no_mar", "teacher_ocr", "teacher_pickscore", "teacher_d
 RUNS = [pytest.param(name, marks=pytest.mark.slow) if name in ALIKE else name for name in RECIPES]
 
 
+FOLDED = ("opd_folded", "cold_start_sft")  # students that are drawn without guidance
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_every_recipe_runs_two_steps(name, config, flowopd):
     flowopd("test" if name == "evaluate" else "fit", *config(name), *CPU, *options(name))
-    models = [line.split("|")[1].strip() for line in Path("run/results.md").read_text().splitlines()[2:]]
-    assert models[0] == "base"
-    assert models[-1] == "student"
+    with Path("run/results.csv").open(newline="") as file:
+        guidance = {row["model"]: row["guidance"] for row in csv.DictReader(file)}
+    assert ([*guidance][:1], [*guidance][-1:]) == (["base"], ["student"])
+    students = {model: guidance.pop(model) for model in ("cold-start", "student") if model in guidance}
+    assert set(students.values()) == {"1" if name in FOLDED else "4.5"}
+    assert set(guidance.values()) == {"4.5"}  # base and teachers, each its own
     if name == "evaluate":
         return
     adapter = read_adapter("run/adapter")

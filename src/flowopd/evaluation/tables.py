@@ -4,7 +4,8 @@ import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-Table = Mapping[str, Mapping[str, float]]
+Table = Mapping[str, Mapping[str, float | str]]
+"""Rows by model: scores, and what else is said of it."""
 
 
 def columns(table: Table) -> list[str]:
@@ -13,7 +14,7 @@ def columns(table: Table) -> list[str]:
 
 
 def cells(table: Table) -> list[list[str]]:
-    """Rows of text: the model, and its scores to three decimals."""
+    """Rows of text: the model, its scores to three decimals, and words as they are."""
     return [[model, *(_cell(row.get(name)) for name in columns(table))] for model, row in table.items()]
 
 
@@ -42,5 +43,7 @@ def _line(row: Sequence[str]) -> str:
     return f"| {' | '.join(row)} |"
 
 
-def _cell(value: float | None) -> str:
+def _cell(value: float | str | None) -> str:
+    if isinstance(value, str):
+        return value
     return "" if value is None else f"{value:.3f}"

@@ -13,6 +13,9 @@ from flowopd.records import Conditioning
 class Backbone(ABC):
     """A frozen text-to-image model with named adapters; which one a forward uses is part of the call."""
 
+    guidance_scale: float | None = None
+    """At which guidance the model by itself is meant to be drawn; None if nobody says."""
+
     @property
     @abstractmethod
     def network(self) -> nn.Module:

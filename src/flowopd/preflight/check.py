@@ -234,8 +234,8 @@ def guidance_is_meant(subject: Subject) -> str:
     teachers = subject.policy.signals.teaching.teachers_by_name()
     if not teachers:
         raise Skipped("there is no teacher")
-    scales = {"student": student} | {name: guidance_of(teacher) for name, teacher in teachers.items()}
-    said = ", ".join(f"{name} {'its own' if scale is None else f'{scale:g}'}" for name, scale in scales.items())
+    scales = subject.policy.guidance()
+    said = ", ".join(f"{name} {scales[name]}" for name in ("base", "student", *teachers))
     parts = [(name, part) for name, teacher in teachers.items() for part in parts_of([teacher])]
     unlike = [name for name, part in parts if not states_guidance(part) and guidance_of(part) != student]
     if unlike:

@@ -19,6 +19,8 @@ from flowopd.records import Conditioning, Prompt
 from flowopd.teachers import Composed, FullTeacher, Teacher
 from flowopd.teachers.base import guidance_of
 from flowopd.teachers.composed import at_guidance, identity, parts_of
+from flowopd.training.callbacks.drift import DriftMetrics
+from flowopd.training.callbacks.fixed_states import FixedStateKL
 from flowopd.training.distances import Distances
 from flowopd.training.policy import FlowPolicy
 from flowopd.training.rollout_data import RolloutDataModule
@@ -28,6 +30,7 @@ DRAWS = 50
 """Iterations that are counted where every one draws its trained steps, or those that the anchor is asked about."""
 
 TRAINED, SAMPLED, DECODED = "student, trained", "student, rollout", "pictures decoded"
+EVALUATED = "held-out pictures"
 
 
 def count_forwards(
@@ -57,11 +60,47 @@ def count_forwards(
     return {name: count / ranks / updates for name, count in counts.items()}
 
 
+def count_evaluation(
+    policy: FlowPolicy, data: RolloutDataModule, callbacks: Sequence[Callback], ranks: int = 1
+) -> dict[str, float]:
+    """Rows of the transformer per evaluation along a run and rank, guidance included, by what they are for.
+
+    Held-out pictures are shared by the ranks; what callbacks measure besides, every rank does. ``FixedStateKL`` follows
+    the teachers at the first evaluation alone.
+    """
+    if not data.evaluation_count:
+        return {}
+    counts = Counter[str]()
+    policy, data = copy.copy(policy), copy.copy(data)
+    policy.backbone = _CountingBackbone(counts)
+    connect(policy, data, _counting(callbacks, counts))
+    for batch in data.evaluation_loader():
+        policy.draw(batch.prompts, batch.noise)
+    found = {EVALUATED: counts.pop(SAMPLED) / ranks}
+    for callback in callbacks:
+        if isinstance(callback, DriftMetrics):
+            few = data.few_held_out(callback.prompts_per_task)
+            policy.draw(few.prompts, few.noise)
+            found["DriftMetrics"] = float(counts.pop(SAMPLED))
+        elif isinstance(callback, FixedStateKL):
+            FixedStateKL(callback.prompts_per_task).measure(policy, policy.velocity)
+            found["FixedStateKL"] = float(counts.pop(SAMPLED, 0))
+    return found | {f"{name}, once": float(rows) for name, rows in counts.items() if name != DECODED}
+
+
+def pictures_per_update(policy: FlowPolicy, data: RolloutDataModule, ranks: int = 1, accumulate: int = 1) -> float:
+    """Trajectories that every rank draws per optimiser step."""
+    rows = data.prompts_per_iteration * data.group_size
+    updates = math.ceil(rows // data.batch_size * policy.batches_per_rollout() / ranks / accumulate)
+    return rows / ranks / updates
+
+
 def connect(policy: FlowPolicy, data: RolloutDataModule, callbacks: Sequence[Callback], accumulate: int = 1) -> None:
     """Let a policy and its data know each other, without a fit."""
     trainer = idle_trainer(callbacks, accumulate)
     trainer.strategy.connect(policy)
     policy.trainer = data.trainer = trainer
+    trainer.datamodule = data  # type: ignore[attr-defined]
 
 
 def idle_trainer(callbacks: Sequence[Callback] = (), accumulate: int = 1) -> Trainer:

@@ -18,7 +18,14 @@ from torch import Tensor, nn
 from flowopd.models import AdapterSource, LoRASpec, Merge
 from flowopd.models.adapters.lora import adapter_parameters
 from flowopd.preflight.costs import Cost, Speed, decode_flop, forward_flop, measure, trace
-from flowopd.preflight.forwards import DECODED, TRAINED, count_forwards, part_names
+from flowopd.preflight.forwards import (
+    DECODED,
+    TRAINED,
+    count_evaluation,
+    count_forwards,
+    part_names,
+    pictures_per_update,
+)
 from flowopd.preflight.shapes import ADAPTER, Shapes, adapter_spec, nbytes
 from flowopd.rewards.model import resident_bytes
 from flowopd.teachers import FullTeacher, LoRATeacher, Teacher
@@ -67,6 +74,8 @@ class Plan:
         for_comparison: bytes in main memory, and what activations would take with and without checkpointing.
         forwards: rows of the transformer per optimiser step, by whose they are.
         flop: FLOP per optimiser step, by whose they are.
+        pictures: trajectories per optimiser step.
+        evaluation: rows of the transformer per evaluation, by what they are for.
         notes: what was assumed.
     """
 
@@ -76,6 +85,8 @@ class Plan:
     for_comparison: dict[str, float]
     forwards: dict[str, float]
     flop: dict[str, float]
+    pictures: float
+    evaluation: dict[str, float]
     notes: list[str]
 
     def static(self) -> float:
@@ -85,6 +96,14 @@ class Plan:
     def peak(self) -> float:
         """Bytes at the worst moment."""
         return self.static() + max(sum(self.training.values()), *self.transient.values())
+
+    def rows(self) -> float:
+        """Rows of the transformer per optimiser step."""
+        return sum(rows for name, rows in self.forwards.items() if name != DECODED)
+
+    def per_picture(self) -> float:
+        """Forwards of a trajectory, where a backward counts as two."""
+        return (self.rows() + 2 * self.forwards.get(TRAINED, 0.0)) / self.pictures
 
 
 def plan(policy: FlowPolicy, data: RolloutDataModule, callbacks: Sequence[Callback], hardware: Hardware) -> Plan:
@@ -116,6 +135,8 @@ def plan(policy: FlowPolicy, data: RolloutDataModule, callbacks: Sequence[Callba
         },
         forwards=forwards,
         flop=_flop(forwards, cost, shapes, _other_models(callbacks, shapes)),
+        pictures=pictures_per_update(policy, data, hardware.ranks, hardware.accumulate),
+        evaluation=count_evaluation(policy, data, callbacks, hardware.ranks),
         notes=notes,
     )
 

@@ -50,10 +50,13 @@ def _work_table(planned: Plan, hardware: Hardware, speed: Speed | None) -> Table
         rows = planned.forwards.get(name)
         table.add_row(name, "" if rows is None else f"{rows:.0f}", f"{planned.flop.get(name, 0) / 1e12:.1f}")
     table.add_section()
-    rows = sum(count for name, count in planned.forwards.items() if name != DECODED)
-    table.add_row("in all", f"{rows:.0f}", f"{sum(planned.flop.values()) / 1e12:.1f}", style="bold")
+    table.add_row("in all", f"{planned.rows():.0f}", f"{sum(planned.flop.values()) / 1e12:.1f}", style="bold")
+    table.add_row("for a picture, a backward as two", f"{planned.per_picture():.1f}", "")
     if speed is not None:
         table.add_row(f"measured here: {seconds(planned.forwards, speed):.1f} s without rewards", "", "")
+    table.add_section()
+    for name, count in planned.evaluation.items():
+        table.add_row(f"besides, an evaluation: {name}", f"{count:.0f}", "")
     return table
 
 

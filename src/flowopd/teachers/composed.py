@@ -16,7 +16,7 @@ from flowopd.core.shown import Shown
 from flowopd.core.tensors import expand_like
 from flowopd.models import Backbone
 from flowopd.records import Conditioning
-from flowopd.teachers.base import Teacher
+from flowopd.teachers.base import Teacher, guidance_of
 
 Groups = Sequence[tuple[Teacher, Sequence[int]]]
 """Teachers, and the rows of a batch that each of them answers."""
@@ -255,6 +255,17 @@ def at_guidance(teacher: Teacher, guidance_scale: float) -> Teacher:
         )
     twin: Teacher = teacher.at(guidance_scale)
     return twin
+
+
+def guidance_said(teacher: Teacher) -> str:
+    """At which guidance a teacher is drawn, in words: of a composed one, that of its parts.
+
+    >>> from flowopd.teachers import BaseTeacher, LoRATeacher
+    >>> guidance_said(Beyond(LoRATeacher("org/ocr", guidance_scale=4.5), BaseTeacher()))
+    '4.5 and 1'
+    """
+    scales = dict.fromkeys(guidance_of(part) for part in parts_of([teacher]))
+    return " and ".join("its own" if scale is None else f"{scale:g}" for scale in scales)
 
 
 def identity(teacher: Teacher) -> Hashable:

@@ -29,6 +29,8 @@ from flowopd.rewards.judging import means, refuse_unscored
 from flowopd.rollouts import Draw, Sampler, VelocityField
 from flowopd.rollouts.noise import generator
 from flowopd.rollouts.steps import some_of
+from flowopd.teachers import BaseTeacher
+from flowopd.teachers.composed import guidance_said
 from flowopd.training.checkpoints import MADE_BY, OPTIMIZER, Resumed, as_built, average_in, check_resumable, made_by
 from flowopd.training.distances import Distances
 from flowopd.training.ranks.strategies import FSDP2, check_trainer, is_sharded
@@ -170,6 +172,19 @@ class FlowPolicy(LightningModule):
         branches = self.backbone.branches(batch.x, batch.sigma, batch.cond, STUDENT)
         velocity = guided(*branches, self.sampler.guidance_scale)
         return replace(self.sampler.transition(batch, velocity), branches=branches)
+
+    def base(self) -> BaseTeacher:
+        """The model by itself, at the guidance at which it is meant to be drawn; if nobody says, at the policy's."""
+        scale = self.backbone.guidance_scale
+        base = BaseTeacher(self.sampler.guidance_scale if scale is None else scale)
+        base.attach(self.backbone)
+        return base
+
+    def guidance(self) -> dict[str, str]:
+        """At which guidance each model of a run is drawn, by name: the base, every teacher, the anchor, the student."""
+        teachers = {"base": self.base(), **self.signals.teaching.teachers_by_name()}
+        said = {name: guidance_said(teacher) for name, teacher in teachers.items()}
+        return said | {"student": f"{self.sampler.guidance_scale:g}"}
 
     def behaviour(self, tasks: Sequence[str]) -> VelocityField:
         """The velocity field that samples rollouts of these tasks: the student's own."""

@@ -26,7 +26,7 @@ class ModelCard:
         made_by: name of the module's class.
         facts: what else there is to say, in rows: objective, start, steps, seed.
         teachers: name, kind and fingerprint of every teacher.
-        guidance_scale: of the student in training.
+        guidance_scale: at which the student was trained, and is to be drawn.
     """
 
     base: str
@@ -41,8 +41,18 @@ class ModelCard:
         rows += [(name, f"{kind}, fingerprint {digest}") for name, kind, digest in self.teachers]
         rows += [("fingerprint", adapter.fingerprint()), ("versions", _versions())]
         table = "\n".join(["| | |", "|---|---|", *(f"| {name} | {_cell(value)} |" for name, value in rows)])
-        usage = USAGE.format(base=self.base, scale=self.guidance_scale, diffusers=DIFFUSERS_WEIGHTS)
+        scale = repr(float(self.guidance_scale))
+        usage = USAGE.format(base=self.base, guidance=self._guidance(), diffusers=DIFFUSERS_WEIGHTS, scale=scale)
         return f"---\n{self._header()}\n---\n\n# A LoRA adapter made by flowopd\n\n{table}\n\n{usage}"
+
+    def _guidance(self) -> str:
+        """How to draw, in one sentence."""
+        argument = f"`guidance_scale={float(self.guidance_scale)}`"
+        if self.guidance_scale == 1:
+            return f"Draw without guidance ({argument}): that is how it was trained."
+        if self.guidance_scale > 1:
+            return f"Draw with guidance {self.guidance_scale:g} ({argument}): that is how it was trained."
+        return f"It was trained at {argument}; diffusers draws without guidance at 1 and below."
 
     def _header(self) -> str:
         tags = ["flowopd", "lora", "flow-matching", "diffusers"]
@@ -70,7 +80,11 @@ or with diffusers alone:
 pipe.load_lora_weights("PATH_OF_THIS_FOLDER", weight_name="{diffusers}")
 ```
 
-It was trained with guidance scale {scale:g}.
+{guidance}
+
+```python
+pipe("PROMPT", guidance_scale={scale}).images[0]
+```
 """
 
 

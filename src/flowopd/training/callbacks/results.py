@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,11 +14,10 @@ from tqdm.auto import tqdm
 from typing_extensions import override
 
 from flowopd.evaluation import Scoreboard, write_results
-from flowopd.evaluation.tables import cells, columns
+from flowopd.evaluation.tables import Table, cells, columns
 from flowopd.models import Merge
 from flowopd.records import EvaluationBatch
 from flowopd.rollouts import VelocityField
-from flowopd.teachers import BaseTeacher
 from flowopd.training.callbacks.around import data_of, on_device, policy_of, run_folder
 from flowopd.training.callbacks.ema import averaged
 from flowopd.training.callbacks.fixed_states import fixed_kl
@@ -28,7 +27,10 @@ from flowopd.training.policy import FlowPolicy
 class ResultsTable(Callback):
     """Scores the base, every teacher, the cold start and the student on all held-out prompts.
 
-    Prints the table, and writes ``results.md`` and ``results.csv`` to the run folder, when a fit or a test ends.
+    Every model is drawn at its own guidance, which is a column: the base at ``backbone.guidance_scale``, a teacher at
+    its own, the student at ``sampler.guidance_scale``, and so the cold start, which is the student before its first
+    update. Prints the table, and writes ``results.md`` and ``results.csv`` to the run folder, when a fit or a test
+    ends.
     """
 
     def __init__(self) -> None:
@@ -50,7 +52,7 @@ class ResultsTable(Callback):
         with averaged(trainer):
             scored = {name: evaluate(policy, field, name) for name, field in models(policy).items()}
         student = scored.pop("student")
-        table = {**scored, **self.rows, "student": student}
+        table = _with_guidance({**scored, **self.rows, "student": student}, policy)
         if trainer.is_global_zero:
             write_results(table, run_folder(trainer))
             show(table)
@@ -94,10 +96,14 @@ class MergeReport(Callback):
 
 def models(policy: FlowPolicy) -> dict[str, VelocityField]:
     """The base, every teacher, the anchor and the student, by name."""
-    base = BaseTeacher(policy.sampler.guidance_scale)
-    base.attach(policy.backbone)
     teachers = {name: teacher.velocity for name, teacher in policy.signals.teaching.teachers_by_name().items()}
-    return {"base": base.velocity, **teachers, "student": policy.velocity}
+    return {"base": policy.base().velocity, **teachers, "student": policy.velocity}
+
+
+def _with_guidance(table: Mapping[str, Mapping[str, float]], policy: FlowPolicy) -> Table:
+    """The table with a first column that says at which guidance each model was drawn."""
+    said = policy.guidance()
+    return {name: {"guidance": said.get(name, said["student"]), **row} for name, row in table.items()}
 
 
 @torch.no_grad()
@@ -110,9 +116,12 @@ def evaluate(policy: FlowPolicy, field: VelocityField, name: str) -> dict[str, f
     return policy.evaluated(name, board) | fixed_kl(policy, field)
 
 
-def show(table: dict[str, dict[str, float]]) -> None:
+def show(table: Table) -> None:
     """Print a table."""
-    rich = RichTable("model", *columns(table))
+    rich = RichTable()
+    rich.add_column("model", no_wrap=True)
+    for name in columns(table):
+        rich.add_column(name, overflow="fold")
     for row in cells(table):
         rich.add_row(*row)
     Console(width=None if sys.stdout.isatty() else 120).print(rich)

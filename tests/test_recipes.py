@@ -14,9 +14,12 @@ from flowopd.prompts import Mixture
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 FILES = sorted([*(CONFIGS / "tiles").glob("*.yaml"), *(CONFIGS / "sd35").glob("*.yaml")])
-ABLATIONS = sorted((CONFIGS / "sd35" / "ablations").glob("*.yaml"))
-READ = {f"{path.parent.name}/{path.stem}": OmegaConf.load(path) for path in FILES if path.stem != "pretrain"}
-READ |= {f"sd35/opd+{path.stem}": OmegaConf.merge(READ["sd35/opd"], OmegaConf.load(path)) for path in ABLATIONS}
+ABLATIONS = sorted(CONFIGS.glob("*/ablations/*.yaml"))
+OTHER = ("pretrain", "ablations")  # of another module; a study
+READ = {f"{path.parent.name}/{path.stem}": OmegaConf.load(path) for path in FILES if path.stem not in OTHER}
+for path in ABLATIONS:
+    world = path.parent.parent.name
+    READ[f"{world}/opd+{path.stem}"] = OmegaConf.merge(READ[f"{world}/opd"], OmegaConf.load(path))
 TRAINED = [name for name, recipe in READ.items() if recipe.trainer.get("max_epochs")]
 every_trained_recipe = pytest.mark.parametrize("name", TRAINED)
 
@@ -74,7 +77,7 @@ def test_batches_of_any_size_make_the_updates_that_the_recipe_says(name):
     recipe, data = READ[name], READ[name].data.init_args
     sampler = recipe.model.init_args.sampler.init_args
     first, last = sampler.get("trained") or sampler.get("window") or (0, sampler.num_steps - 1)
-    drawn = sampler.steps.init_args.count if "steps" in sampler else last - first
+    drawn = sampler.steps.init_args.count if sampler.get("steps") else last - first
     steps = {"sd35/cold_start_sft": 4, "tiles/cold_start_sft": 8}.get(name, drawn)
     for size in (data.batch_size, data.batch_size // 2, data.batch_size // 4):
         chunks, rest = divmod(data.prompts_per_iteration * data.get("group_size", 1), size)

@@ -20,11 +20,12 @@ TOOLS = {
     "data": "flowopd.prompts.data:main",
     "convert": "flowopd.rewards.geneval.convert:main",
     "serve": "flowopd.rewards.remote.serve:main",
+    "study": "flowopd.cli.study.command:main",
 }
 VERBS = (*LIGHTNING, *RUNS, *TOOLS)
 
 HELP = """usage: flowopd {fit,validate,test,predict,plan,check} --config FILE [--config FILE ...] [--OPTION VALUE ...]
-       flowopd {data,convert,serve} [--OPTION VALUE ...]
+       flowopd {study,data,convert,serve} [--OPTION VALUE ...]
 
 Post-train a flow-matching text-to-image model on many tasks at once, by multi-teacher on-policy distillation.
 
@@ -34,6 +35,7 @@ Post-train a flow-matching text-to-image model on many tasks at once, by multi-t
   predict    draw held-out prompts to PNG files
   plan       say what a fit would take: memory, forwards and TFLOP per update; reads and downloads no weights
   check      check a fit before its long run: a verdict per line
+  study      run many of these by one file, for several seeds each: what is done is skipped; a table over all
   data       write a prompt set as JSON lines: geneval, ocr, ocr_paper, pickapic, drawbench, compbench
   convert    turn mmdet's checkpoint of GenEval's detector into a folder that GenEval reads
   serve      answer for a reward over HTTP: flowopd serve --reward flowopd.tiles.Crispness --port 8080
@@ -59,7 +61,7 @@ def main() -> None:
         _use(TOOLS[arguments[0]])
     elif arguments[0] in VERBS:
         run = _function(RUNS.get(arguments[0], "flowopd.cli.run:run"))
-        with _heeding():
+        with heeding():
             run()
     else:
         from flowopd.core.names import perhaps
@@ -85,7 +87,8 @@ def heed_again() -> None:
 
 
 @contextmanager
-def _heeding() -> Iterator[None]:
+def heeding() -> Iterator[None]:
+    """Answer Ctrl-C and SIGTERM by an orderly end."""
     _heard.clear()
     before = {signum: signal.signal(signum, heed) for signum in _unanswered()}
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
@@ -51,6 +52,9 @@ from flowopd.training.ranks.lifecycle import OrderlyEnd, check_launch, is_first,
 from flowopd.training.ranks.strategies import check_name
 from flowopd.training.ranks.threads import Threads
 from flowopd.training.signals import signals_among
+
+STAGES = "FLOWOPD_STAGES"
+"""What tells a run the adapters of the stages of its study, by name, as JSON."""
 
 
 class BadInput(Exception):
@@ -280,6 +284,7 @@ def run(cli: type[FlowCLI] = FlowCLI) -> None:
     """Parse, build and run. Bad input is one sentence and exit code 2."""
     jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     OmegaConf.register_resolver("tiles", lambda name: str(asset(name)), replace=True)
+    OmegaConf.register_resolver("stage", _of_stage, replace=True)
     _quieten()
     try:
         cli()
@@ -289,6 +294,18 @@ def run(cli: type[FlowCLI] = FlowCLI) -> None:
         if (cause := meant(error)) is None and not _is_told_by_lightning(error):
             raise
         _refuse(cause or error, cli.refusal)
+
+
+def _of_stage(name: str) -> str:
+    """The adapter of a stage of the study that runs this.
+
+    Raises:
+        ValueError: if none does, or it has no such stage.
+    """
+    known: dict[str, str] = json.loads(os.environ.get(STAGES, "{}"))
+    if name not in known:
+        raise ValueError(f"${{stage:{name}}} is the adapter of a stage of a study; run it by flowopd study")
+    return known[name]
 
 
 def _is_told_by_lightning(error: BaseException) -> bool:

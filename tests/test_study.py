@@ -287,21 +287,23 @@ def test_a_command_that_is_no_study_is_one_sentence(words, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_the_overlays_of_the_ablation_table_take_equal_forwards(monkeypatch):
-    """As ``flowopd plan`` counts them: of student, teachers and anchor, in all updates of the run."""
-    taken = {}
+def test_the_stages_of_the_ablation_table_take_equal_forwards(monkeypatch):
+    """As ``flowopd plan`` counts them: of student, teachers and anchor, in all updates of a run."""
+    monkeypatch.chdir(CONFIGS.parent)
+    taken = []
 
     class Counting(PlanCLI):
         def _run_subcommand(self, subcommand):
             counts = count_forwards(self.model, self.datamodule, self.trainer.callbacks, 1, self._accumulate(1) or 1)
             rows = sum(count for name, count in counts.items() if name != DECODED)
-            taken[self._chosen("trainer.default_root_dir")] = rows * self._chosen("trainer.max_epochs")
+            taken.append(rows * self._chosen("trainer.max_epochs"))
 
-    for overlay in sorted((CONFIGS / "tiles" / "ablations").glob("*.yaml")):
-        monkeypatch.setattr(sys, "argv", ["flowopd", "plan", "--config", OPD, "--config", str(overlay)])
+    stages = read_study(CONFIGS / "tiles" / "ablations.yaml").stages
+    for one in stages:
+        monkeypatch.setattr(sys, "argv", ["flowopd", "plan", *one.words(0)[1:]])
         command_line.run(Counting)
-    main_job = taken["runs/tiles/ablations/steps_2"]
-    assert taken == {name: pytest.approx(main_job, rel=0.02) for name in taken}  # whole updates, fifty draws
+    found = dict(zip([one.name for one in stages], taken, strict=True))
+    assert found == {name: pytest.approx(found["steps_2"], rel=0.02) for name in found}  # whole updates, fifty draws
 
 
 SMALL = {

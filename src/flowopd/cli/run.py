@@ -29,6 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 from transformers.utils.logging import disable_progress_bar as hide_transformers_bars
 from typing_extensions import override
 
+from flowopd.cli.differing import differing
 from flowopd.cli.folders import folder_of, read_checkpoint
 from flowopd.cli.given import check_files, check_given, enums_told
 from flowopd.cli.main import heed_again
@@ -45,8 +46,11 @@ from flowopd.training import AdapterExport, FlowPolicy, PictureFolder, Progress,
 from flowopd.training.callbacks.checkpoints import Checkpoints
 from flowopd.training.callbacks.folder import CONFIG, RunFolder
 from flowopd.training.callbacks.guard import Guard
+from flowopd.training.callbacks.history import History
 from flowopd.training.callbacks.log import MetricsFile
 from flowopd.training.callbacks.results import MergeReport
+from flowopd.training.callbacks.spent import Spent
+from flowopd.training.callbacks.start import StartScores
 from flowopd.training.ranks.folders import check_place
 from flowopd.training.ranks.lifecycle import OrderlyEnd, check_launch, is_first, plugins
 from flowopd.training.ranks.strategies import check_name
@@ -136,7 +140,8 @@ class FlowCLI(LightningCLI):
         signals_among(own)
         folder = self._run_folder()
         kwargs = {"default_root_dir": str(folder.wanted), "enable_progress_bar": self.subcommand != "fit"} | kwargs
-        kwargs["callbacks"] = [folder, *self._standard_callbacks(), *own, *self._guards(own)]
+        history = History(str(self.subcommand), differing(self.config[str(self.subcommand)].as_dict()))
+        kwargs["callbacks"] = [folder, history, *self._standard_callbacks(), *own, *self._guards(own)]
         kwargs["plugins"] = [*_listed(self._get(self.config_init, "trainer.plugins", default=None)), *plugins()]
         kwargs["strategy"] = kwargs.get("strategy") or self._strategy()
         kwargs.setdefault("logger", folder.loggers is not None and DummyLogger())  # until there is a folder
@@ -186,11 +191,11 @@ class FlowCLI(LightningCLI):
             return [OrderlyEnd(), Threads(), *([PictureFolder()] if self.subcommand == "predict" else [])]
         rate = [] if self._chosen("trainer.logger") is False else [LearningRateMonitor(logging_interval="epoch")]
         checkpoints = Checkpoints(self._chosen("checkpoint_every"))
-        return [OrderlyEnd(), Threads(), AdapterExport(), Progress(), checkpoints, *rate]
+        return [OrderlyEnd(), Threads(), Spent(), AdapterExport(), Progress(), checkpoints, *rate]
 
     def _guards(self, own: list[Any]) -> list[Callback]:
         """What looks after a fit, unless the config brings its own."""
-        guards = [SelfCheck(), Guard(), MergeReport()] if self.subcommand == "fit" else []
+        guards = [SelfCheck(), Guard(), MergeReport(), StartScores()] if self.subcommand == "fit" else []
         return [guard for guard in guards if not any(isinstance(callback, type(guard)) for callback in own)]
 
     def _chosen(self, key: str) -> Any:  # noqa: ANN401

@@ -60,6 +60,18 @@ class Transition(Gaussian):
             mean, self.std, velocity=velocity, gain=self.gain, sigma=self.sigma, sigma_next=self.sigma_next
         )
 
+    def __getitem__(self, rows: Tensor) -> "Transition":
+        """Some rows of it, by their numbers."""
+        return Transition(
+            self.mean[rows],
+            self.std[rows],
+            velocity=self.velocity[rows],
+            gain=self.gain[rows],
+            sigma=self.sigma[rows],
+            sigma_next=self.sigma_next[rows],
+            branches=self.branches and (self.branches[0][rows], self.branches[1][rows]),
+        )
+
     def detach(self) -> "Transition":
         """The same step without gradient."""
         return Transition(

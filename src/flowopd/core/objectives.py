@@ -70,6 +70,10 @@ class Labels:
         facts = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in facts.items() if value is not None}
 
+    def __getitem__(self, rows: Tensor) -> "Labels":
+        """What is known about some of the states, by their numbers."""
+        return Labels(**{name: value[rows] for name, value in self.present().items()})
+
 
 @runtime_checkable
 class Objective(Protocol):

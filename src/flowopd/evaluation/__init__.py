@@ -3,7 +3,8 @@
 from flowopd.evaluation.metrics import GroupedMean
 from flowopd.evaluation.pictures import contact_sheet, save_png
 from flowopd.evaluation.scoreboard import Scoreboard
+from flowopd.evaluation.shots import Shots
 from flowopd.evaluation.tables import markdown_table, write_results
 from flowopd.rewards.scorer import Column
 
-__all__ = ["Column", "GroupedMean", "Scoreboard", "contact_sheet", "markdown_table", "save_png", "write_results"]
+__all__ = ["Column", "GroupedMean", "Scoreboard", "Shots", "contact_sheet", "markdown_table", "save_png", "write_results"]

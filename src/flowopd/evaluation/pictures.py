@@ -12,7 +12,7 @@ from torch import Tensor
 def save_png(image: Tensor, path: Path) -> None:
     """Save an image (3, H, W) in [0, 1]."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(_to_uint8(image)).save(path)
+    Image.fromarray(to_uint8(image)).save(path)
 
 
 def contact_sheet(images: Mapping[str, Tensor], captions: Sequence[str], path: Path, side: float = 1.3) -> None:
@@ -29,7 +29,7 @@ def contact_sheet(images: Mapping[str, Tensor], captions: Sequence[str], path: P
     for row, (name, pictures) in zip(axes, images.items(), strict=True):
         row[0].set_ylabel(name, fontsize=8)
         for axis, picture in zip(row, pictures, strict=True):
-            axis.imshow(_to_uint8(picture), interpolation="nearest")
+            axis.imshow(to_uint8(picture), interpolation="nearest")
             axis.set(xticks=[], yticks=[])
     for axis, caption in zip(axes[0], captions, strict=True):
         axis.set_title(_wrapped(caption), fontsize=6)
@@ -37,7 +37,8 @@ def contact_sheet(images: Mapping[str, Tensor], captions: Sequence[str], path: P
     figure.savefig(path)
 
 
-def _to_uint8(image: Tensor) -> np.ndarray:
+def to_uint8(image: Tensor) -> np.ndarray:
+    """An image (3, H, W) in [0, 1] as (H, W, 3) of bytes."""
     array: np.ndarray = (image.detach().float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
     return array
 

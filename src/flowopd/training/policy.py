@@ -33,6 +33,7 @@ from flowopd.teachers import BaseTeacher
 from flowopd.teachers.composed import guidance_said
 from flowopd.training.checkpoints import MADE_BY, OPTIMIZER, Resumed, as_built, average_in, check_resumable, made_by
 from flowopd.training.distances import Distances
+from flowopd.training.losses import Losses
 from flowopd.training.ranks.strategies import FSDP2, check_trainer, is_sharded
 from flowopd.training.ranks.sums import added_over_ranks
 from flowopd.training.signals import Signals, signals_among
@@ -109,6 +110,7 @@ class FlowPolicy(LightningModule):
         self.network: nn.Module | None = None
         self.watchers: list[Watcher] = []
         self.distances = Distances(self.sampler.num_steps)
+        self.losses = Losses()
         self.unscored: dict[str, list[str]] = {}  # by evaluation, the columns of which every score failed
         self._run: _Run | None = None
         self._as_built: dict[str, Any] = {}
@@ -275,6 +277,7 @@ class FlowPolicy(LightningModule):
         student = self.proposed(batch)
         loss, metrics = self.objective.loss(student, batch.labels)
         self.distances.note(student, batch)
+        self.losses.see(self.objective, student, batch, loss.detach())
         if batch.advance is not None:
             batch.advance(student.detach())
         logged: dict[str, Tensor | float] = {**metrics, **batch.metrics}
@@ -284,11 +287,13 @@ class FlowPolicy(LightningModule):
     def on_train_epoch_start(self) -> None:
         """Let what changes along training be as it is in this iteration."""
         self.distances.forget()
+        self.losses = Losses()
         for anchored in anchors_in(self.objective):
             anchored.iteration = self.trainer.current_epoch
 
     def on_train_epoch_end(self) -> None:
-        """Log how far every task is from its teacher, and let the data know, which may draw more of the farthest."""
+        """Log losses and how far every task is from its teacher; the data may draw more of the farthest."""
+        self.log_dict(self.losses.means(self))
         found = self.distances.taken(self)
         means = {f"distill/velocity_mse/{task}": fmean(steps.values()) for task, steps in found.items()}
         self.log_dict(means, sync_dist=True)

@@ -5,22 +5,27 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from typing_extensions import override
 
 from flowopd.core.ranges import at_least
-from flowopd.evaluation import contact_sheet, save_png
+from flowopd.evaluation import Shots, contact_sheet, save_png
+from flowopd.evaluation.shots import scores_of, small
 from flowopd.records import EvaluationBatch
 from flowopd.rollouts import VelocityField
 from flowopd.training.callbacks.around import data_of, on_device, policy_of, run_folder
 from flowopd.training.callbacks.ema import averaged
 from flowopd.training.callbacks.results import models
+from flowopd.training.policy import FlowPolicy
 
 
 class ImageGrid(Callback):
     """Draws a few held-out prompts from fixed noise: at the start, along the way, and at the end with all teachers.
+
+    ``images/`` holds sheets to look at, ``images/shots/`` the same pictures, small and with their scores, for reports.
 
     Args:
         prompts_per_task: images of each task.
@@ -51,7 +56,7 @@ class ImageGrid(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         policy = on_device(trainer, pl_module)
         with averaged(trainer):
-            self._save(trainer, models(policy), name="models")
+            self._save(trainer, models(policy), trainer.current_epoch, "models")
 
     @override
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -63,8 +68,9 @@ class ImageGrid(Callback):
         policy, batch = policy_of(trainer.lightning_module), self._batch(trainer)
         images = {model: policy.draw(batch.prompts, batch.noise, field) for model, field in models.items()}
         if trainer.is_global_zero:
-            path = run_folder(trainer) / "images" / f"{name or f'iteration_{step:05d}'}.png"
-            contact_sheet(images, [prompt.text for prompt in batch.prompts], path)
+            file = f"{name or f'iteration_{step:05d}'}.png"
+            contact_sheet(images, [prompt.text for prompt in batch.prompts], _pictures(trainer) / file)
+            _shots(policy, batch, images, step).save(_pictures(trainer) / "shots" / file)
             _to_tensorboard(trainer, images, step)
 
     def _batch(self, trainer: Trainer) -> EvaluationBatch:
@@ -104,6 +110,16 @@ class PictureFolder(Callback):
                 row = trainer.global_rank + trainer.world_size * self._drawn
                 save_png(image, _pictures(trainer) / _png(row))
             self._drawn += 1
+
+
+@torch.no_grad()
+def _shots(policy: FlowPolicy, batch: EvaluationBatch, images: dict[str, Tensor], step: int) -> Shots:
+    """The same pictures for a report, with what each scored."""
+    texts, tasks = zip(*((prompt.text, prompt.task) for prompt in batch.prompts), strict=True)
+    with policy.trainer.precision_plugin.forward_context():
+        judged = {model: policy.signals.judging.columns(drawn, batch.prompts) for model, drawn in images.items()}
+    pictures = {model: small(drawn) for model, drawn in images.items()}
+    return Shots(step, texts, tasks, pictures, {model: scores_of(columns) for model, columns in judged.items()})
 
 
 def _pictures(trainer: Trainer) -> Path:

@@ -309,6 +309,7 @@ def test_a_run_leaves_everything_in_its_folder(config, flowopd, name):
     assert {"config.yaml", "metrics.csv", "checkpoints/last.ckpt", "results.csv", "results.md"} <= left
     assert {"adapter/adapter_model.safetensors", "adapter/adapter_config.json"} <= left
     assert {"images/iteration_00000.png", "images/models.png"} <= left
+    assert {"history.jsonl", "report/report.html", "report/report.md"} <= left
     assert any(file.startswith("tensorboard/events") for file in left)
     assert [row["model"] for row in table()] == models
     assert list(table()[0]) == COLUMNS + DISTANCES * name.startswith("opd")

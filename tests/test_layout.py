@@ -26,6 +26,7 @@ FLOORS = [  # from the ground up
     {"models", "rewards", "prompts"},
     {"teachers", "rollouts"},
     {"tiles", "evaluation"},
+    {"report"},
     {"training.ranks"},
     {"training"},  # the story
     {"training.callbacks"},

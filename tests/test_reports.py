@@ -123,7 +123,7 @@ def test_models_are_drawn_where_they_were_trained(tiny_pipeline, tmp_path, exper
 def test_grids_show_the_policy_along_the_way_and_every_model_at_the_end(tiny_pipeline, tmp_path, expert):
     policy = tiny.policy(OPDStudent, tiny_pipeline)
     fit(tmp_path, policy, expert, ImageGrid(prompts_per_task=2, every=2), Progress(), max_epochs=3)
-    grids = {path.stem: Image.open(path) for path in (tmp_path / "images").iterdir()}
+    grids = {path.stem: Image.open(path) for path in (tmp_path / "images").glob("*.png")}
     assert grids.keys() == {"iteration_00000", "iteration_00002", "models"}
     assert grids["models"].height > 2 * grids["iteration_00000"].height  # base, teacher and student
     assert all(len(grid.getcolors(1 << 24)) > 16 for grid in grids.values())

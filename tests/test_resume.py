@@ -402,6 +402,7 @@ def refused(capsys):
 
 def test_a_finished_run_that_goes_on_ends_the_same(run):
     kept = [path for path in run.rglob("*") if path.is_file() and path.suffix in (".csv", ".md", ".png", ".ckpt")]
+    kept.remove(run / "report" / "report.md")  # tells that the run was begun twice, and how long that took
     before = {path: path.read_bytes() for path in kept}
     adapter = load_file(run / "adapter" / "adapter_model.safetensors")
     shutil.rmtree(run / "adapter")

@@ -58,7 +58,7 @@ def _found(path: str) -> Callable[..., Any] | None:
 
 def _defaults(owner: Callable[..., Any] | None) -> dict[str, Any]:
     """Defaults of a class, those of its bases that it passes on to included, or of a function."""
-    makers = [base.__init__ for base in reversed(owner.__mro__)] if inspect.isclass(owner) else [owner]
+    makers = [vars(base).get("__init__") for base in reversed(owner.__mro__)] if inspect.isclass(owner) else [owner]
     known: dict[str, Any] = {}
     for maker in filter(callable, makers):
         parameters = inspect.signature(maker).parameters.values()

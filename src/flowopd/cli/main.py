@@ -21,11 +21,13 @@ TOOLS = {
     "convert": "flowopd.rewards.geneval.convert:main",
     "serve": "flowopd.rewards.remote.serve:main",
     "study": "flowopd.cli.study.command:main",
+    "report": "flowopd.cli.report:main",
 }
 VERBS = (*LIGHTNING, *RUNS, *TOOLS)
 
 HELP = """usage: flowopd {fit,validate,test,predict,plan,check} --config FILE [--config FILE ...] [--OPTION VALUE ...]
        flowopd {study,data,convert,serve} [--OPTION VALUE ...]
+       flowopd report RUN [RUN ...] [--out FOLDER]
 
 Post-train a flow-matching text-to-image model on many tasks at once, by multi-teacher on-policy distillation.
 
@@ -38,6 +40,7 @@ Post-train a flow-matching text-to-image model on many tasks at once, by multi-t
   study      run many of these by one file, for several seeds each: what is done is skipped; a table over all
   data       write a prompt set as JSON lines: geneval, ocr, ocr_paper, pickapic, drawbench, compbench
   convert    turn mmdet's checkpoint of GenEval's detector into a folder that GenEval reads
+  report     a page of one run, or of several side by side: HTML that stands alone, Markdown and PNGs
   serve      answer for a reward over HTTP: flowopd serve --reward flowopd.tiles.Crispness --port 8080
 
   flowopd fit --config configs/tiles/opd.yaml                           the main job, on the built-in world

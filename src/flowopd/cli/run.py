@@ -41,6 +41,7 @@ from flowopd.preflight.forwards import idle_trainer
 from flowopd.preflight.plan import Hardware, measured
 from flowopd.preflight.plan import plan as make_plan
 from flowopd.preflight.tables import show_plan
+from flowopd.report import write as write_report
 from flowopd.tiles import asset
 from flowopd.training import AdapterExport, FlowPolicy, PictureFolder, Progress, RolloutDataModule
 from flowopd.training.callbacks.checkpoints import Checkpoints
@@ -159,6 +160,8 @@ class FlowCLI(LightningCLI):
     @override
     def _run_subcommand(self, subcommand: str) -> None:
         super()._run_subcommand(subcommand)
+        if subcommand in ("fit", "test") and self.trainer.is_global_zero:
+            _report(Path(self.trainer.default_root_dir))
         unscored = dict.fromkeys(name for names in getattr(self.model, "unscored", {}).values() for name in names)
         if unscored:  # the table is written by now
             raise BadInput(f"every score of {', '.join(map(repr, unscored))} failed; what is written has NaN there")
@@ -267,6 +270,14 @@ class CheckCLI(FlowCLI):
             failed = failed or verdict.state == "FAIL"
         if failed:
             raise SystemExit(1)
+
+
+def _report(folder: Path) -> None:
+    """Write the report of a run that has ended; whatever is wrong with it is no fault of the run."""
+    try:
+        print(f"report: {write_report([folder])}", flush=True)
+    except Exception as error:
+        print(f"no report was written: {error}; see `flowopd report {folder}`", file=sys.stderr)
 
 
 def _recipe(model: LightningModule) -> FlowPolicy:

@@ -7,4 +7,13 @@ from flowopd.evaluation.shots import Shots
 from flowopd.evaluation.tables import markdown_table, write_results
 from flowopd.rewards.scorer import Column
 
-__all__ = ["Column", "GroupedMean", "Scoreboard", "Shots", "contact_sheet", "markdown_table", "save_png", "write_results"]
+__all__ = [
+    "Column",
+    "GroupedMean",
+    "Scoreboard",
+    "Shots",
+    "contact_sheet",
+    "markdown_table",
+    "save_png",
+    "write_results",
+]

@@ -293,7 +293,7 @@ class FlowPolicy(LightningModule):
 
     def on_train_epoch_end(self) -> None:
         """Log losses and how far every task is from its teacher; the data may draw more of the farthest."""
-        self.log_dict(self.losses.means(self))
+        self.log_dict(self.losses.means(self), sync_dist=True)
         found = self.distances.taken(self)
         means = {f"distill/velocity_mse/{task}": fmean(steps.values()) for task, steps in found.items()}
         self.log_dict(means, sync_dist=True)

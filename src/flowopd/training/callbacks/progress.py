@@ -53,5 +53,14 @@ class Progress(Callback):
 
 def _rank_of(metric: str) -> int:
     """What is learnt comes first, then how, last what the optimiser does."""
-    ranks = {"reward/": 0, "distill/": 0, "val/average": 1, "val/": 2, "policy/": 4, "lr-": 5, "loss_by_": 6, "spent/": 6}
+    ranks = {
+        "reward/": 0,
+        "distill/": 0,
+        "val/average": 1,
+        "val/": 2,
+        "policy/": 4,
+        "lr-": 5,
+        "loss_by_": 6,
+        "spent/": 6,
+    }
     return next((rank for start, rank in ranks.items() if metric.startswith(start)), 3)

@@ -53,7 +53,8 @@ class Spent(Callback):
         if self._handle is not None:
             data = data_of(trainer)
             self.total["pictures"] += data.prompts_per_iteration * data.group_size
-            pl_module.log_dict({f"spent/{name}": float(total) for name, total in self.total.items()})
+            totals = {f"spent/{name}": float(total) for name, total in self.total.items()}
+            pl_module.log_dict(totals, sync_dist=True)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

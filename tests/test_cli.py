@@ -264,7 +264,7 @@ BUILT = sorted(path for path in (CONFIGS / "tiles").glob("*.yaml") if path.stem 
 def test_every_config_builds(path, adapters, monkeypatch):
     monkeypatch.setattr(command_line, "asset", lambda name: adapters.get(name) or asset(name))
     monkeypatch.setattr(command_line.LightningCLI, "_run_subcommand", lambda *_: None)
-    subcommand = "test" if path.stem == "evaluate" else "fit"
+    subcommand = "test" if path.stem in ("evaluate", "benchmark") else "fit"
     where = {"trainer.accelerator": "cpu", "trainer.default_root_dir": "run", "trainer.precision": "32-true"}
     monkeypatch.setattr(sys, "argv", ["flowopd", subcommand, "--config", str(path), *options(where)])
     main()

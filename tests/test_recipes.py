@@ -15,7 +15,7 @@ from flowopd.prompts import Mixture
 CONFIGS = Path(__file__).parent.parent / "configs"
 FILES = sorted([*(CONFIGS / "tiles").glob("*.yaml"), *(CONFIGS / "sd35").glob("*.yaml")])
 ABLATIONS = sorted(CONFIGS.glob("*/ablations/*.yaml"))
-OTHER = ("pretrain", "ablations")  # of another module; a study
+OTHER = ("pretrain", "ablations", "benchmark")  # of another module; a study; many models
 READ = {f"{path.parent.name}/{path.stem}": OmegaConf.load(path) for path in FILES if path.stem not in OTHER}
 for path in ABLATIONS:
     world = path.parent.parent.name

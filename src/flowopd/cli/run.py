@@ -30,7 +30,7 @@ from transformers.utils.logging import disable_progress_bar as hide_transformers
 from typing_extensions import override
 
 from flowopd.cli.differing import differing
-from flowopd.cli.folders import folder_of, read_checkpoint
+from flowopd.cli.folders import folder_of
 from flowopd.cli.given import check_files, check_given, enums_told
 from flowopd.cli.main import heed_again
 from flowopd.cli.resume import check_changes, settings
@@ -44,6 +44,7 @@ from flowopd.preflight.tables import show_plan
 from flowopd.report import write as write_report
 from flowopd.tiles import asset
 from flowopd.training import AdapterExport, FlowPolicy, PictureFolder, Progress, RolloutDataModule
+from flowopd.training.benchmarks import BENCHMARKS, Benchmarks
 from flowopd.training.callbacks.checkpoints import Checkpoints
 from flowopd.training.callbacks.folder import CONFIG, RunFolder
 from flowopd.training.callbacks.guard import Guard
@@ -52,6 +53,7 @@ from flowopd.training.callbacks.log import MetricsFile
 from flowopd.training.callbacks.results import MergeReport
 from flowopd.training.callbacks.spent import Spent
 from flowopd.training.callbacks.start import StartScores
+from flowopd.training.checkpoints import read_checkpoint
 from flowopd.training.ranks.folders import check_place
 from flowopd.training.ranks.lifecycle import OrderlyEnd, check_launch, is_first, plugins
 from flowopd.training.ranks.strategies import check_name
@@ -208,15 +210,14 @@ class FlowCLI(LightningCLI):
         return settings(self.config[str(self.subcommand)].as_dict())
 
     def _run_folder(self) -> RunFolder:
-        """The folder of the checkpoint when a fit goes on, else a fresh one: nothing is written over."""
+        """The folder of what goes on, a fit or benchmarks, else a fresh one: nothing is written over."""
         checkpoint = self._chosen("ckpt_path") if self.subcommand == "fit" else None
         wanted = Path(self._chosen("trainer.default_root_dir") or "runs/run")
         if checkpoint is not None:
             wanted = folder_of(Path(checkpoint))
         check_place(wanted)
-        return RunFolder(
-            wanted, checkpoint is not None, self._write_config, self._loggers(), self._settings(), self._changes
-        )
+        goes_on = checkpoint is not None or (isinstance(self.datamodule, Benchmarks) and (wanted / BENCHMARKS).is_dir())
+        return RunFolder(wanted, goes_on, self._write_config, self._loggers(), self._settings(), self._changes)
 
     def _write_config(self, path: Path) -> None:
         self._parser(self.subcommand).save(

@@ -4,7 +4,10 @@ import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-Table = Mapping[str, Mapping[str, float | str]]
+from flowopd.evaluation.resampling import Interval
+
+Cell = float | int | str | Interval
+Table = Mapping[str, Mapping[str, Cell]]
 """Rows by model: scores, and what else is said of it."""
 
 
@@ -43,7 +46,7 @@ def _line(row: Sequence[str]) -> str:
     return f"| {' | '.join(row)} |"
 
 
-def _cell(value: float | str | None) -> str:
-    if isinstance(value, str):
-        return value
-    return "" if value is None else f"{value:.3f}"
+def _cell(value: Cell | None) -> str:
+    if value is None or isinstance(value, int | str):
+        return "" if value is None else str(value)
+    return f"{value:.3f}"

@@ -7,11 +7,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-__all__ = ["BASE", "Composition", "Crispness", "Text", "TilesPrompts", "asset", "parse", "render"]
+__all__ = ["BASE", "Composition", "Crispness", "Legibility", "Text", "TilesPrompts", "asset", "parse", "render"]
 
 _HOME_OF = {
     "Composition": "flowopd.tiles.rewards",
     "Crispness": "flowopd.tiles.rewards",
+    "Legibility": "flowopd.tiles.judges",
     "Text": "flowopd.tiles.rewards",
     "TilesPrompts": "flowopd.tiles.world",
     "parse": "flowopd.tiles.world",

@@ -1,5 +1,6 @@
 """Lightning modules, the rollout data module and their callbacks."""
 
+from flowopd.training.benchmarks import Benchmarks, Contenders
 from flowopd.training.callbacks.drift import DriftMetrics
 from flowopd.training.callbacks.ema import EMA
 from flowopd.training.callbacks.export import AdapterExport
@@ -8,6 +9,7 @@ from flowopd.training.callbacks.guard import Guard
 from flowopd.training.callbacks.pictures import ImageGrid, PictureFolder
 from flowopd.training.callbacks.progress import Progress
 from flowopd.training.callbacks.results import MergeReport, ResultsTable
+from flowopd.training.checkpoints import CheckpointAdapter
 from flowopd.training.cold_start import SFT, ColdStart
 from flowopd.training.grpo_teacher import GRPOTeacher
 from flowopd.training.nft_teacher import Inertia, NFTTeacher
@@ -21,7 +23,10 @@ __all__ = [
     "SFT",
     "AdapterExport",
     "AnchorCallback",
+    "Benchmarks",
+    "CheckpointAdapter",
     "ColdStart",
+    "Contenders",
     "DriftMetrics",
     "FixedStateKL",
     "FlowPolicy",

@@ -3,20 +3,86 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
 from lightning import Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from flowopd.models.adapters.lora import Adapter, Factors
 from flowopd.training.ranks.strategies import FSDP2, is_sharded
 
 MADE_BY = "made_by"
 OPTIMIZER = "optimizer_as_built"
 AVERAGE = "EMA"
+SCALES = "scales"
+STUDENT = "student"
+"""The adapter that is trained."""
+KEYS = {"state_dict", "loops", "global_step", "pytorch-lightning_version"}
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint, mapped from the disk.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not one of a run.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"checkpoint {str(path)!r} does not exist")
+    content: Any = None
+    if path.is_file() and zipfile.is_zipfile(path):
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except Exception:  # whatever torch finds in it, it is none of ours
+            content = None
+    if not isinstance(content, dict) or not content.keys() >= KEYS or not isinstance(content["state_dict"], dict):
+        raise ValueError(f"checkpoint {str(path)!r} is not one of lightning; expected <run>/checkpoints/last.ckpt")
+    return content
+
+
+@dataclass(frozen=True)
+class CheckpointAdapter:
+    """The adapter in a checkpoint of a fit.
+
+    Args:
+        path: ``<run>/checkpoints/last.ckpt``, for example.
+        average: the moving average of its weights, if the run kept one, or else the weights themselves.
+    """
+
+    path: str
+    average: bool = True
+
+    def adapter(self) -> Adapter:
+        """Read it.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if it is no checkpoint, or has no average though one is asked for.
+        """
+        content = read_checkpoint(Path(self.path))
+        if SCALES not in content:
+            raise ValueError(
+                f"checkpoint {self.path!r} does not say how strong its adapter is; name <run>/adapter instead"
+            )
+        if self.average and not average_in(content):
+            raise ValueError(
+                f"checkpoint {self.path!r} holds no average; say average: false, or train with flowopd.EMA"
+            )
+        tensors = average_in(content) if self.average else trained_in(content)
+        factors: dict[tuple[str, str], Tensor] = {}
+        for key, value in tensors.items():
+            module, _, letter = key.removeprefix("network.").partition(".lora_")
+            factors[module, letter[0]] = value.float()
+        parts = {m: Factors(factors[m, "A"], factors[m, "B"], scale) for m, scale in content[SCALES].items()}
+        return Adapter(parts)
 
 
 def made_by(trainer: Trainer) -> dict[str, Any]:
@@ -53,10 +119,15 @@ def iterations_of(checkpoint: Mapping[str, Any]) -> int:
     return int(checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"])
 
 
-def average_in(checkpoint: Mapping[str, Any], trained: Sequence[str]) -> dict[str, Tensor]:
+def trained_in(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The trained parameters that a checkpoint holds, by name."""
+    return {key: value for key, value in checkpoint["state_dict"].items() if f".{STUDENT}." in key}
+
+
+def average_in(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     """The average that a checkpoint holds, by the names of the trained parameters; empty if it holds none."""
     state = checkpoint.get("callbacks", {}).get(AVERAGE) or {}
-    return dict(zip(trained, state["shadow_params"], strict=True)) if state else {}
+    return dict(zip(trained_in(checkpoint), state["shadow_params"], strict=True)) if state else {}
 
 
 def as_built(optimizer: Optimizer) -> dict[str, Any]:

@@ -17,9 +17,9 @@ from flowopd.models import Backbone
 from flowopd.models.adapters.lora import attach, follow, take_adapter
 from flowopd.records import Conditioning, Rollout, StepBatch
 from flowopd.rollouts import Draw, VelocityField
+from flowopd.training.checkpoints import STUDENT
 from flowopd.training.forward_process import noised
 from flowopd.training.grpo_teacher import GRPOTeacher
-from flowopd.training.policy import STUDENT
 from flowopd.training.roads import sampling
 
 OLD = "old"

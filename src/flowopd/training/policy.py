@@ -22,7 +22,14 @@ from flowopd.core.guidance import guided
 from flowopd.core.objectives import BRANCHES, Objective, anchor_share, anchors_in, labels_of
 from flowopd.evaluation import Column, Scoreboard
 from flowopd.models import AdapterSource, Backbone, LoRASpec, Merge
-from flowopd.models.adapters.lora import Adapter, adapter_parameters, add_adapter, attach, take_adapter
+from flowopd.models.adapters.lora import (
+    Adapter,
+    adapter_parameters,
+    adapter_scales,
+    add_adapter,
+    attach,
+    take_adapter,
+)
 from flowopd.records import Conditioning, EvaluationBatch, Prompt, Rollout, StepBatch
 from flowopd.rewards import Scores
 from flowopd.rewards.judging import means, refuse_unscored
@@ -31,14 +38,22 @@ from flowopd.rollouts.noise import generator
 from flowopd.rollouts.steps import some_of
 from flowopd.teachers import BaseTeacher
 from flowopd.teachers.composed import guidance_said
-from flowopd.training.checkpoints import MADE_BY, OPTIMIZER, Resumed, as_built, average_in, check_resumable, made_by
+from flowopd.training.checkpoints import (
+    MADE_BY,
+    OPTIMIZER,
+    SCALES,
+    STUDENT,
+    Resumed,
+    as_built,
+    average_in,
+    check_resumable,
+    made_by,
+)
 from flowopd.training.distances import Distances
 from flowopd.training.losses import Losses
 from flowopd.training.ranks.strategies import FSDP2, check_trainer, is_sharded
 from flowopd.training.ranks.sums import added_over_ranks
 from flowopd.training.signals import Signals, signals_among
-
-STUDENT = "student"
 
 
 class Watcher(Protocol):
@@ -374,8 +389,9 @@ class FlowPolicy(LightningModule):
         return {key: value for key, value in state.items() if any(f".{name}." in key for name in self.adapters)}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say which ranks made the checkpoint, and with which optimiser."""
+        """Say which ranks made the checkpoint, with which optimiser, and how strong the adapter is."""
         checkpoint[MADE_BY] = made_by(self.trainer)
+        checkpoint[SCALES] = adapter_scales(self.backbone.network, STUDENT)
         checkpoint[OPTIMIZER] = self._as_built
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -390,8 +406,7 @@ class FlowPolicy(LightningModule):
             self._resumed = Resumed(checkpoint, *self._optimizer())
             checkpoint["lr_schedulers"] = []  # made anew, at the step where they were
         else:
-            trained = [key for key in checkpoint["state_dict"] if f".{STUDENT}." in key]
-            checkpoint["state_dict"] |= average_in(checkpoint, trained)
+            checkpoint["state_dict"] |= average_in(checkpoint)
 
     def _check_shapes(self, state: Mapping[str, Tensor]) -> None:
         mine = {key: tuple(value.shape) for key, value in self.state_dict().items()}

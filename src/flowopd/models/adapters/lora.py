@@ -242,6 +242,11 @@ def follow(network: nn.Module, name: str, leader: str, kept: float) -> None:
         mine.mul_(kept).add_(theirs, alpha=1 - kept)
 
 
+def adapter_scales(network: nn.Module, name: str) -> dict[str, float]:
+    """The strength of an adapter by module, in the network's order."""
+    return {module: float(layer.scaling[name]) for module, layer in _adapted(network, name).items()}
+
+
 def adapter_names(network: nn.Module) -> set[str]:
     """Names of all adapters on the network."""
     return {name for layer in _lora_layers(network) for name in layer.lora_A}

@@ -58,6 +58,9 @@ NEEDED = {  # what a class cannot be made without
     "teacher": BaseTeacher(),
     "reference": BaseTeacher(),
     "teachers": [BaseTeacher(), BaseTeacher()],
+    "source": "nowhere",
+    "benchmarks": {"red": None},
+    "columns": {"red": "red/red"},
 }
 MEANT = {("Merge", "rank"): {"method": "svd"}, ("WeightedSum", "weights"): {"objectives": [TransitionKL()] * 2}}
 KEYS = {"tags": "counting", "drift": "sharpness"}  # of a table of numbers

@@ -191,7 +191,8 @@ def _size(sheets: Iterable[Sheet]) -> Row:
     benchmarks = [sheet.benchmark for sheet in sheets]
     prompts, seeds = sum(one.count for one in benchmarks), {one.images_per_prompt for one in benchmarks}
     pictures = sum(one.count * one.images_per_prompt for one in benchmarks)
-    return {"prompts": prompts} | ({"seeds": seeds.pop()} if len(seeds) == 1 else {"pictures": pictures})
+    row: Row = {"prompts": prompts}
+    return row | ({"seeds": seeds.pop()} if len(seeds) == 1 else {"pictures": pictures})
 
 
 def _scores(sheet: Sheet) -> Row:

@@ -253,7 +253,9 @@ class Benchmarks(LightningDataModule):
 
         def batches() -> Iterator[Round | None]:
             self.contenders.backbone.prepare(list(texts))
-            yield from rounds or [None]
+            yield from rounds
+            if not rounds:
+                yield None
 
         return RolloutLoader(batches, max(len(rounds), 1))  # of nothing, lightning would not come to the tables
 

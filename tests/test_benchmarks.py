@@ -26,7 +26,6 @@ from flowopd.tiles import Legibility, TilesPrompts, render
 from flowopd.training import EMA, Benchmarks, CheckpointAdapter, Contenders, OPDStudent, RewardCallback, TeacherCallback
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-DDP = {"strategy": "ddp", "devices": 2}
 
 
 @pytest.fixture(scope="module")
@@ -104,9 +103,11 @@ def test_scores_do_not_depend_on_the_batch_size(tiny_pipeline, tmp_path, expert,
         assert (one.text, one.seed, one.file) == (other.text, other.seed, other.file)
 
 
-def test_two_ranks_write_the_tables_of_one(tiny_pipeline, tmp_path, expert):
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_ranks_write_the_tables_of_one(tiny_pipeline, tmp_path, expert, strategy):
     score(tmp_path / "one", contenders(tiny_pipeline, expert), benchmark())
-    run_ranks(lambda: score(tmp_path / "two", contenders(tiny_pipeline, expert), benchmark(), trainer=DDP))
+    two = {"strategy": strategy, "devices": 2}
+    run_ranks(lambda: score(tmp_path / "two", contenders(tiny_pipeline, expert), benchmark(), trainer=two))
     assert left(tmp_path / "two") == left(tmp_path / "one")
     assert len(list((tmp_path / "two" / "benchmarks" / "words" / "expert").glob("*.jsonl"))) == 2
 

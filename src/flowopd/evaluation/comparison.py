@@ -300,6 +300,8 @@ def _flat(table: Table) -> list[list[object]]:
 def _spread_out(model: str, row: Mapping[str, Cell]) -> dict[str, object]:
     flat: dict[str, object] = {"model": model}
     for name, value in row.items():
-        ends = {f"{name}, low": value.low, f"{name}, high": value.high} if isinstance(value, Interval) else {}
-        flat |= {name: value.value if isinstance(value, Interval) else value} | ends
+        if isinstance(value, Interval):
+            flat |= {name: value.value, f"{name}, low": value.low, f"{name}, high": value.high}
+        else:
+            flat[name] = value
     return flat

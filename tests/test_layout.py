@@ -25,7 +25,7 @@ FLOORS = [  # from the ground up
     {"records"},
     {"models", "rewards", "prompts"},
     {"teachers", "rollouts"},
-    {"tiles", "evaluation"},
+    {"tiles", "evaluation", "testing"},
     {"report"},
     {"training.ranks"},
     {"training"},  # the story

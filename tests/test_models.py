@@ -12,6 +12,7 @@ from flowopd import tiles
 from flowopd.core import CPS, ODE, FlowSDE, ShiftedSchedule
 from flowopd.models import LoRASpec, SD3Backbone
 from flowopd.models.adapters.lora import (
+    ATTENTION,
     Adapter,
     adapter_parameters,
     add_adapter,
@@ -319,7 +320,7 @@ def test_only_the_student_takes_gradient(fresh, state, tiny_pipeline, tmp_path, 
     )
 
 
-@pytest.mark.parametrize("targets", [LoRASpec().targets, FEED_FORWARD], ids=["same targets", "other targets"])
+@pytest.mark.parametrize("targets", [ATTENTION, FEED_FORWARD], ids=["same targets", "other targets"])
 def test_checkpointed_activations_give_the_same_gradients_beside_a_teacher(tiny_pipeline, state, tmp_path, targets):
     """They are recomputed at backward, when it must again be the student that runs."""
     teacher, gradients = LoRATeacher(tiny.expert(tmp_path, tiny_pipeline, targets=targets), guidance_scale=2.0), []

@@ -86,7 +86,7 @@ def test_a_forward_of_the_medium_model_at_512_pixels_is_2_22_tflop():
     shapes = Shapes(medium())
     network = shapes.transformer()
     with torch.no_grad(), flop_counter() as counted:
-        network(**costs.one_row(shapes))
+        costs.run(network, shapes, *costs.one_state(shapes))
     assert counted.get_total_flops() / 1e12 == pytest.approx(2.22, abs=0.01)
 
 
@@ -226,7 +226,7 @@ def test_a_trace_keeps_what_autograd_keeps(tiny_pipeline, checkpointing):
         network.enable_gradient_checkpointing()
     kept = costs._Kept(network)
     with kept, flop_counter() as flop:
-        network(**costs.one_row(shapes, device="cpu"))
+        costs.run(network, shapes, *costs.one_state(shapes, device="cpu"))
     traced = costs.trace(shapes, LoRASpec(4, 8), autocast=False)
     assert kept.total() == (traced.kept_checkpointed if checkpointing else traced.kept)
     assert flop.get_total_flops() == traced.forward

@@ -13,7 +13,8 @@ from flowopd.cli.main import main
 from flowopd.prompts import Mixture
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-FILES = sorted([*(CONFIGS / "tiles").glob("*.yaml"), *(CONFIGS / "sd35").glob("*.yaml")])
+WORLDS = ("tiles", "sd35", "zimage", "qwen_image")
+FILES = sorted(path for world in WORLDS for path in (CONFIGS / world).glob("*.yaml"))
 ABLATIONS = sorted(CONFIGS.glob("*/ablations/*.yaml"))
 OTHER = ("pretrain", "ablations", "benchmark")  # of another module; a study; many models
 READ = {f"{path.parent.name}/{path.stem}": OmegaConf.load(path) for path in FILES if path.stem not in OTHER}
@@ -165,7 +166,7 @@ def test_recipes_that_claim_to_differ_in_something_differ_in_that_alone(pair):
         assert any(place == one or place.startswith(f"{one}.") for one in claimed), f"{place} differs too"
 
 
-@pytest.mark.parametrize("world", ["tiles", "sd35"])
+@pytest.mark.parametrize("world", WORLDS)
 def test_every_recipe_of_a_world_has_one_backbone_and_what_is_compared_one_grid(world):
     recipes = {name: recipe.model.init_args for name, recipe in READ.items() if name.startswith(f"{world}/")}
     assert len({str(options.backbone) for options in recipes.values()}) == 1

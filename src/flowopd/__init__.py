@@ -36,7 +36,16 @@ _HOMES = {
     ),
     "flowopd.evaluation": ("Benchmark", "Summary"),
     "flowopd.preflight": ("SelfCheck",),
-    "flowopd.models": ("AdapterSource", "LoRASpec", "Merge", "SD3Backbone"),
+    "flowopd.models": (
+        "AdapterSource",
+        "Backbone",
+        "DiffusersBackbone",
+        "LoRASpec",
+        "Merge",
+        "QwenImageBackbone",
+        "SD3Backbone",
+        "ZImageBackbone",
+    ),
     "flowopd.teachers": (
         "AdapterTeacher",
         "BaseTeacher",

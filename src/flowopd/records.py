@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from flowopd.core.dynamics import Transition
@@ -38,30 +39,74 @@ class Conditioning:
 
     Args:
         tokens: (B, L, D) text tokens for joint attention.
-        pooled: (B, P) pooled text embedding.
+        pooled: (B, P) pooled text embedding, if the model reads one.
+        mask: (B, L) bool, which tokens are text; those behind it are padding. ``None``: all of them are read.
     """
 
     tokens: Tensor
-    pooled: Tensor
+    pooled: Tensor | None = None
+    mask: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def __getitem__(self, rows: Tensor | slice | Sequence[int]) -> Conditioning:
-        return Conditioning(self.tokens[rows], self.pooled[rows])
+        return self._each(lambda part: part[rows])
 
     def to(self, *args: Any, **kwargs: Any) -> Conditioning:
-        """Move or cast, as ``Tensor.to``."""
-        return Conditioning(self.tokens.to(*args, **kwargs), self.pooled.to(*args, **kwargs))
+        """Move or cast, as ``Tensor.to``; a mask is moved only."""
+        cast = self._each(lambda part: part.to(*args, **kwargs))
+        return cast if cast.mask is None else replace(cast, mask=cast.mask.bool())
 
     def expand(self, rows: int) -> Conditioning:
         """Repeat a single row, (1, ...) → (rows, ...), without copying."""
-        return Conditioning(self.tokens.expand(rows, -1, -1), self.pooled.expand(rows, -1))
+        return self._each(lambda part: part.expand(rows, *part.shape[1:]))
+
+    def copied(self) -> Conditioning:
+        """The same in memory of its own."""
+        return self._each(torch.clone)
+
+    def parts(self) -> dict[str, Tensor]:
+        """What there is, by name."""
+        named = {"tokens": self.tokens, "pooled": self.pooled, "mask": self.mask}
+        return {name: part for name, part in named.items() if part is not None}
+
+    def lengths(self) -> list[int]:
+        """Tokens of text of every row."""
+        return [self.tokens.shape[1]] * len(self) if self.mask is None else self.mask.sum(1).tolist()
+
+    def trimmed(self) -> Conditioning:
+        """Without the columns that are padding in every row."""
+        return self if self.mask is None else self._resized(max(self.lengths()))
+
+    @staticmethod
+    def ragged(rows: Sequence[Tensor]) -> Conditioning:
+        """One row of each of B texts (L, D) of lengths of their own."""
+        texts = [row[None] for row in rows]
+        return Conditioning.cat([Conditioning(text, mask=text.new_ones(text.shape[:2]).bool()) for text in texts])
 
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
-        """Stack along the batch."""
-        return Conditioning(torch.cat([p.tokens for p in parts]), torch.cat([p.pooled for p in parts]))
+        """Stack along the batch; rows with a mask are padded to the longest.
+
+        Raises:
+            ValueError: if texts of different lengths have no mask.
+        """
+        lengths = {part.tokens.shape[1] for part in parts}
+        if len(lengths) > 1:
+            if any(part.mask is None for part in parts):
+                raise ValueError(f"texts of {sorted(lengths)} tokens have no mask; expected one, or equal lengths")
+            parts = [part._resized(max(lengths)) for part in parts]
+        names = parts[0].parts()
+        return Conditioning(**{name: torch.cat([part.parts()[name] for part in parts]) for name in names})
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Conditioning:
+        return Conditioning(**{name: change(part) for name, part in self.parts().items()})
+
+    def _resized(self, length: int) -> Conditioning:
+        assert self.mask is not None
+        more = length - self.tokens.shape[1]  # fewer, if negative: pad cuts
+        return replace(self, tokens=F.pad(self.tokens, (0, 0, 0, more)), mask=F.pad(self.mask, (0, more)))
 
 
 @dataclass(frozen=True)

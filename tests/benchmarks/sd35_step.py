@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from flowopd.core import Anchored, TransitionKL, Uniform
+from flowopd.core import Anchored, ShiftedSchedule, TransitionKL, Uniform
 from flowopd.models import LoRASpec, SD3Backbone
 from flowopd.models.adapters.files import save_adapter
 from flowopd.models.adapters.lora import Adapter, Factors, take_adapter
@@ -111,10 +111,9 @@ class RandomSD3(SD3Backbone):
         """Nothing to read."""
 
     def encode(self, texts: Sequence[str]) -> Conditioning:
-        like = Shapes(self).text()
-        noise = torch.Generator().manual_seed(0)
-        parts = [torch.randn(len(texts), *part.shape[1:], generator=noise) for part in (like.tokens, like.pooled)]
-        return Conditioning(*parts).to(self._device(), self.dtype)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return Shapes(self).text(len(texts), "cpu").to(self._device())
 
 
 class TimedStudent(OPDStudent):
@@ -175,7 +174,7 @@ def recipe(options: argparse.Namespace, clock: Clock, folder: Path):
     if options.tiny:
         where = {"path": str(tiny_configs(folder / "model")), "dtype": "float32", "max_sequence_length": 0}
     backbone = RandomSD3(**where, activation_checkpointing=options.checkpointing)
-    sampler = Sampler(num_steps=10, guidance_scale=GUIDANCE)
+    sampler = Sampler(num_steps=10, schedule=ShiftedSchedule(), guidance_scale=GUIDANCE)
     policy = TimedStudent(backbone, Anchored(TransitionKL(Uniform()), weighting=Uniform()), sampler=sampler)
     policy.clock = clock
     tasks = {task: Words(task) for task in ("geneval", "ocr")}

@@ -68,3 +68,40 @@ class ShiftedSchedule(Shown):
 
     def _shifted(self, sigma: Tensor) -> Tensor:
         return self.shift * sigma / (1 + (self.shift - 1) * sigma)
+
+
+class FlowSchedule(Shown):
+    """The grid of FLUX, Qwen-Image and Z-Image: equal steps, shifted once, and stretched if there is a terminal level.
+
+        σ = linspace(1, 1 / T, T),    s(σ) = shift · σ / (1 + (shift - 1) · σ),
+        1 - (1 - s) · (1 - terminal) / (1 - s(1 / T))
+
+    Equal to diffusers' ``FlowMatchEulerDiscreteScheduler`` where its pipeline asks for equal steps. A shift by the
+    picture's size is e^μ.
+
+    Args:
+        shift: how far the grid leans towards noise; 1 for none.
+        terminal: the last level before 0; default: as the shift leaves it.
+
+    References:
+        Scaling Rectified Flow Transformers (Esser et al., 2024), Eq. 23.
+
+    >>> FlowSchedule(shift=6.0).sigmas(4)
+    tensor([1.0000, 0.9474, 0.8571, 0.6667, 0.0000])
+    >>> FlowSchedule(shift=6.0, terminal=0.02).sigmas(4)
+    tensor([1.0000, 0.8453, 0.5800, 0.0200, 0.0000])
+    """
+
+    def __init__(self, shift: float = 1.0, terminal: float | None = None) -> None:
+        within(0.01, 100.0, shift=shift)
+        within(0.0, 0.99, terminal=terminal)
+        self.shift = shift
+        self.terminal = terminal
+
+    def sigmas(self, num_steps: int) -> Tensor:
+        """Return (num_steps + 1,) float32 levels, strictly decreasing from 1 to 0."""
+        levels = torch.linspace(1, 1 / num_steps, num_steps, dtype=torch.float64)
+        levels = self.shift * levels / (1 + (self.shift - 1) * levels)
+        if self.terminal and num_steps > 1:
+            levels = 1 - (1 - levels) * (1 - self.terminal) / (1 - levels[-1])
+        return torch.cat([levels, levels.new_zeros(1)]).float()

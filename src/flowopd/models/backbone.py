@@ -7,6 +7,9 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from flowopd.core.guidance import guided
+from flowopd.core.schedules import Schedule
+from flowopd.models.adapters.lora import ATTENTION
 from flowopd.records import Conditioning
 
 
@@ -39,6 +42,28 @@ class Backbone(ABC):
     def latent_shape(self) -> tuple[int, int, int]:
         """Return (C, H, W) of a latent."""
 
+    def schedule(self) -> Schedule:
+        """The noise levels that the model is meant for, where a sampler is given none.
+
+        Raises:
+            ValueError: if it has none.
+        """
+        raise ValueError(f"a {type(self).__name__} has no noise levels of its own; give the sampler a schedule")
+
+    @property
+    def targets(self) -> Sequence[str]:
+        """Endings of the names of the modules that a new adapter changes, where none are given."""
+        return ATTENTION
+
+    @property
+    def library_class(self) -> str | None:
+        """Name of the pipeline of diffusers that draws with it, if there is one."""
+        return None
+
+    def call(self, scale: float) -> dict[str, float | str]:
+        """What guidance by a scale is called where the model comes from, and its number there."""
+        return {"guidance_scale": scale}
+
     @abstractmethod
     def encode(self, texts: Sequence[str]) -> Conditioning:
         """Encode texts, one row each, without gradient."""
@@ -64,6 +89,10 @@ class Backbone(ABC):
     ) -> tuple[Tensor, Tensor]:
         """Return the conditional and the unconditional velocity, each (B, C, H, W), float32."""
         return self.velocity(x, sigma, cond, adapter, 1.0), self.velocity(x, sigma, cond, adapter, 0.0)
+
+    def guide(self, conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+        """The guided velocity (B, C, H, W) of two branches of its shape."""
+        return guided(conditional, unconditional, scale)
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:

@@ -24,8 +24,8 @@ from safetensors import SafetensorError, safe_open
 
 ANSWERS = (GatedRepoError, RevisionNotFoundError, RepositoryNotFoundError, HFValidationError, EntryNotFoundError)
 OTHER_FILES = ["*.fp16*", "*.bin", "*.msgpack", "*.onnx*", "*.gguf"]  # the same weights once more, in other formats
+SCHEDULER_CONFIG = "scheduler_config.json"
 SETTLED = 2 * 10**9  # ns: a file that was changed so lately may change again and keep its times
-TRANSFORMER = "SD3Transformer2DModel"
 
 
 def local_folder(what: str, path: str, revision: str | None, patterns: Sequence[str]) -> Path:
@@ -112,11 +112,20 @@ class ModelFiles:
     Args:
         path: a pipeline folder, a folder of the transformer alone, or a model id of the hub.
         revision: branch, tag or commit on the hub.
+        pipeline, transformer: names of the classes that are expected there.
     """
 
-    def __init__(self, path: str, revision: str | None = None) -> None:
+    def __init__(
+        self,
+        path: str,
+        revision: str | None = None,
+        pipeline: str = "StableDiffusion3Pipeline",
+        transformer: str = "SD3Transformer2DModel",
+    ) -> None:
         self.path = path
         self.revision = revision
+        self.pipeline = pipeline
+        self.transformer = transformer
         self._root: Path | None = None
 
     @property
@@ -146,8 +155,20 @@ class ModelFiles:
             local_folder("model", self.path, self.root.name, patterns)
         folder = self.root / name
         if not folder.is_dir():
-            raise FileNotFoundError(f"model {self.path!r} has no {name}; expected a StableDiffusion3Pipeline folder")
+            raise FileNotFoundError(f"model {self.path!r} has no {name}; expected a {self.pipeline} folder")
         return folder
+
+    def config(self, name: str) -> dict[str, Any]:
+        """The config of a part.
+
+        Raises:
+            FileNotFoundError: if the model has no such part.
+        """
+        file = self.part(name) / (SCHEDULER_CONFIG if name == "scheduler" else "config.json")
+        if not file.is_file():
+            raise FileNotFoundError(f"model {self.path!r} has no {name}/{file.name}")
+        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return content
 
     def index(self) -> dict[str, Any]:
         """What ``model_index.json`` says, and nothing for a transformer that stands alone.
@@ -156,15 +177,13 @@ class ModelFiles:
             FileNotFoundError: if it is neither.
             ValueError: if it is another kind of model.
         """
-        for name, expected in (("model_index.json", "StableDiffusion3Pipeline"), ("config.json", TRANSFORMER)):
+        for name, expected in (("model_index.json", self.pipeline), ("config.json", self.transformer)):
             if (file := self.root / name).is_file():
                 content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
                 if content.get("_class_name") != expected:
                     raise ValueError(f"model {self.path!r} is a {content.get('_class_name')}; expected a {expected}")
                 return content if name == "model_index.json" else {}
-        raise FileNotFoundError(
-            f"model {self.path!r} has no model_index.json; expected a StableDiffusion3Pipeline folder"
-        )
+        raise FileNotFoundError(f"model {self.path!r} has no model_index.json; expected a {self.pipeline} folder")
 
     def identity(self, parts: Sequence[str], remembered: Path | None = None) -> str:
         """What tells these parts from any others: the hub's commit, or a digest of all that the files hold.

@@ -14,10 +14,14 @@ def shard(network: nn.Module, mesh: DeviceMesh) -> None:
     The rest is given back after every forward as well: between calls each parameter is its shard, so that whoever
     writes to it (an optimiser, an average) reaches the next forward.
     """
-    stacks = [child for child in network.children() if isinstance(child, nn.ModuleList)]
-    for block in (block for stack in stacks for block in stack):
+    for block in blocks(network):
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
     fully_shard(network, mesh=mesh, reshard_after_forward=True)
+
+
+def blocks(network: nn.Module) -> list[nn.Module]:
+    """The blocks of a network: what stands in its lists of modules."""
+    return [block for child in network.children() if isinstance(child, nn.ModuleList) for block in child]
 
 
 def whole(tensor: Tensor) -> Tensor:

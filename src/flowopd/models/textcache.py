@@ -29,7 +29,7 @@ class TextKey:
 
     Args:
         model: identity of the text encoders: commit on the hub, or digest of the files.
-        max_sequence_length: T5 tokens.
+        max_sequence_length: text tokens at most.
         dtype: precision of the encoders.
     """
 
@@ -104,7 +104,7 @@ class TextFolder:
             with safe_open(file, "pt") as content:
                 if (content.metadata() or {}).get("text") != text:
                     return None
-                row = Conditioning(content.get_tensor("tokens"), content.get_tensor("pooled"))
+                row = Conditioning(**{name: content.get_tensor(name) for name in content.keys()})  # noqa: SIM118
             os.utime(file)  # its time of use
         except (FileNotFoundError, SafetensorError):  # a broken file is made anew
             return None
@@ -112,7 +112,7 @@ class TextFolder:
 
     def put(self, text: str, row: Conditioning) -> None:
         """Write an encoding. A disk that refuses costs time, not the run: it is told once."""
-        content = save({"tokens": row.tokens.contiguous(), "pooled": row.pooled.contiguous()}, {"text": text})
+        content = save({name: part.contiguous() for name, part in row.parts().items()}, {"text": text})
         try:
             _write_whole(self._file(text), content)
         except OSError as error:
@@ -178,4 +178,4 @@ def _write_whole(file: Path, content: bytes) -> None:
 
 
 def _bytes(row: Conditioning) -> int:
-    return row.tokens.nbytes + row.pooled.nbytes
+    return sum(part.nbytes for part in row.parts().values())

@@ -55,7 +55,7 @@ class TextEncoders:
         return self._parts
 
     def encode(self, texts: Sequence[str]) -> Conditioning:
-        """Encode texts, (B, L, D) tokens and (B, P) pooled, on the CPU."""
+        """Encode texts, a row each, on the CPU."""
         rows = {text: row for text in dict.fromkeys(texts) if (row := self._kept(text)) is not None}
         rows |= self._encode_missing([text for text in dict.fromkeys(texts) if text not in rows])
         return Conditioning.cat([rows[text] for text in texts])
@@ -91,7 +91,7 @@ class TextEncoders:
             padding = [""] * (TEXTS_AT_ONCE - len(chunk))
             rows = self._encode(self.parts(), [*chunk, *padding]).to("cpu")
             for i, text in enumerate(chunk):
-                encoded[text] = Conditioning(rows.tokens[i : i + 1].clone(), rows.pooled[i : i + 1].clone())
+                encoded[text] = rows[i : i + 1].trimmed().copied()
                 self.memory.put(text, encoded[text])
                 if self.folder is not None:
                     self.folder.put(text, encoded[text])

@@ -11,15 +11,14 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from flowopd.core.dynamics import Transition
-from flowopd.core.schedules import ShiftedSchedule
+from flowopd.core.schedules import FlowSchedule, ShiftedSchedule
 from flowopd.core.tensors import row_mean
 from flowopd.core.weights import ExactKL, Uniform
-from flowopd.models import SD3Backbone
+from flowopd.models import DiffusersBackbone
 from flowopd.prompts.splits import held_out
 from flowopd.records import Conditioning, StepBatch
 from flowopd.rollouts import Draw
@@ -273,27 +272,25 @@ def own_kl_is_zero(subject: Subject) -> str:
 def grids_agree(subject: Subject) -> str:
     """The noise levels are those of the pipeline's own scheduler, and of a full teacher's."""
     backbone, sampler = subject.policy.backbone, subject.policy.sampler
-    if not isinstance(backbone, SD3Backbone):
+    if not isinstance(backbone, DiffusersBackbone):
         raise Skipped(f"a {type(backbone).__name__} has no scheduler of diffusers")
     teachers = subject.policy.signals.teaching.teachers_by_name().values()
     others = [part.backbone for part in parts_of(teachers) if isinstance(part, FullTeacher)]
-    for model in (model for model in (backbone, *others) if isinstance(model, SD3Backbone)):
+    for model in (model for model in (backbone, *others) if isinstance(model, DiffusersBackbone)):
         apart = max(_apart(model, sampler.schedule.sigmas(n)) for n in (sampler.num_steps, sampler.eval_steps))
         if apart > 1e-5:
             saw = f"the grid is up to {apart:.2g} away from that of the scheduler of {model.path!r}"
-            if isinstance(sampler.schedule, ShiftedSchedule):
-                raise ValueError(f"{saw}; give the ShiftedSchedule the shift of that model")
+            if isinstance(sampler.schedule, ShiftedSchedule | FlowSchedule):
+                raise ValueError(f"{saw}; leave the sampler's schedule out, or give it the shift of that model")
             raise Warned(f"{saw}; meant so with another schedule: diffusers has to be given its sigmas")
     return f"{sampler.num_steps} steps in rollouts, {sampler.eval_steps} in evaluations"
 
 
-def _apart(model: SD3Backbone, sigmas: Tensor) -> float:
+def _apart(model: DiffusersBackbone, sigmas: Tensor) -> float:
     try:
-        scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(str(model.files.part("scheduler")))
-    except OSError as error:
+        return float((model.stock_sigmas(len(sigmas) - 1) - sigmas).abs().max())
+    except FileNotFoundError as error:
         raise Skipped(f"the scheduler of {model.path!r} is not here") from error
-    scheduler.set_timesteps(len(sigmas) - 1)
-    return float((scheduler.sigmas.cpu() - sigmas).abs().max())
 
 
 def rewards_answer(subject: Subject) -> str:

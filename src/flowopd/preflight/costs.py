@@ -15,7 +15,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from flowopd.models import LoRASpec
+from flowopd.models.shards import blocks
 from flowopd.preflight.shapes import Shapes, materialise
+from flowopd.records import Conditioning
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,8 @@ class _OnDevice(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
         if func is F.scaled_dot_product_attention:
-            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args[:3])[0]
+            read = args[:3] or [kwargs[name] for name in ("query", "key", "value")]
+            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*read)[0]
         if func is F.linear and self.autocast:
             args = [value if value is None else value.to(torch.bfloat16) for value in args]
         return func(*args, **(kwargs or {}))
@@ -69,9 +72,8 @@ def trace(shapes: Shapes, lora: LoRASpec, autocast: bool) -> Cost:
 
 def forward_flop(model: Shapes, asked: Shapes) -> float:
     """FLOP of a forward of a model, without adapters, at one row of another's states and texts."""
-    row = {name: v.to(model.backbone.dtype) if isinstance(v, Tensor) else v for name, v in one_row(asked).items()}
     with torch.no_grad(), _OnDevice(autocast=False), flop_counter() as counted:
-        model.transformer()(**row)
+        model.transformer()(**model.backbone.inputs(*one_state(asked)))
     return float(counted.get_total_flops())
 
 
@@ -89,21 +91,21 @@ def flop_counter() -> FlopCounterMode:
 def _forward(network: nn.Module, shapes: Shapes, autocast: bool) -> tuple[Tensor, _Kept, float]:
     kept = _Kept(network)
     with _OnDevice(autocast), kept, flop_counter() as counted:
-        velocity: Tensor = network(**one_row(shapes))[0]
+        velocity = run(network, shapes, *one_state(shapes))
     return velocity, kept, float(counted.get_total_flops())
 
 
-def one_row(shapes: Shapes, rows: int = 1, device: torch.device | str = "meta") -> dict[str, Any]:
-    """What the transformer reads for some rows; on another device than meta its numbers are random."""
-    text = shapes.text()
-    dtype = shapes.backbone.dtype
-    sizes = {
-        "hidden_states": shapes.latent,
-        "encoder_hidden_states": text.tokens.shape[1:],
-        "pooled_projections": text.pooled.shape[1:],
-    }
-    inputs = {name: torch.randn(rows, *size, device=device, dtype=dtype) for name, size in sizes.items()}
-    return {**inputs, "timestep": torch.full((rows,), 500.0, device=device), "return_dict": False}
+def one_state(
+    shapes: Shapes, rows: int = 1, device: torch.device | str = "meta"
+) -> tuple[Tensor, Tensor, Conditioning]:
+    """States, noise levels and texts of some rows; on another device than meta their numbers are random."""
+    x = torch.randn(rows, *shapes.latent, device=device, dtype=shapes.backbone.dtype)
+    return x, torch.full((rows,), 0.5, device=device), shapes.text(rows, device)
+
+
+def run(network: nn.Module, shapes: Shapes, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+    """The velocity (B, C, H, W) of a transformer of a backbone's family."""
+    return shapes.backbone.velocity_from(network(**shapes.backbone.inputs(x, sigma, cond), return_dict=False), x)
 
 
 class _Kept:
@@ -112,13 +114,13 @@ class _Kept:
     def __init__(self, network: nn.Module) -> None:
         self._weights = {t.untyped_storage()._cdata for t in (*network.parameters(), *network.buffers())}
         self._storages: dict[int, tuple[Any, int]] = {}  # kept alive, or an address would be used twice
-        self._blocks = network.transformer_blocks
+        self._blocks = blocks(network)
         self._current = -1
         self._handles: list[Any] = []
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
 
     def __enter__(self) -> None:
-        for number, block in enumerate(self._blocks):  # type: ignore[arg-type]
+        for number, block in enumerate(self._blocks):
             self._handles += [
                 block.register_forward_pre_hook(lambda *_, number=number: self._enter(number)),
                 block.register_forward_hook(lambda *_: self._enter(-1)),
@@ -153,7 +155,7 @@ def decode_flop(shapes: Shapes) -> float:
     """FLOP of decoding one picture."""
     latents = torch.empty(1, *shapes.latent, device="meta", dtype=shapes.backbone.dtype)
     with torch.no_grad(), FlopCounterMode(display=False) as counted:
-        shapes.autoencoder().decode(latents)
+        shapes.backbone.pixels(shapes.autoencoder(), latents)
     return float(counted.get_total_flops())
 
 
@@ -176,11 +178,11 @@ def measure(shapes: Shapes, lora: LoRASpec, rows: int, autocast: bool, device: s
     materialise(network, device)
     if shapes.backbone.activation_checkpointing:
         network.enable_gradient_checkpointing()
-    inputs = one_row(shapes, rows, device)
+    state = one_state(shapes, rows, device)
 
     def forward() -> Tensor:
         with torch.autocast(device, torch.bfloat16, enabled=autocast):
-            velocity: Tensor = network(**inputs)[0]
+            velocity = run(network, shapes, *state)
         return velocity.float()
 
     def trained() -> None:

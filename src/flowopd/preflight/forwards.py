@@ -14,7 +14,8 @@ from lightning import Callback, Trainer
 from torch import Tensor, nn
 
 from flowopd.core.objectives import anchor_share
-from flowopd.models import Backbone
+from flowopd.models import Backbone, DiffusersBackbone
+from flowopd.preflight.shapes import Shapes
 from flowopd.records import Conditioning, Prompt
 from flowopd.teachers import Composed, FullTeacher, Teacher
 from flowopd.teachers.base import guidance_of
@@ -43,6 +44,8 @@ def count_forwards(
     """
     counts = Counter[str]()
     policy, data = copy.copy(policy), copy.copy(data)
+    if isinstance(policy.backbone, DiffusersBackbone):
+        policy.sampler = policy.sampler.on(Shapes(policy.backbone))
     policy.backbone = _CountingBackbone(counts)
     policy.log_dict = _say_nothing  # type: ignore[method-assign]
     policy.distances = Distances(policy.sampler.num_steps)

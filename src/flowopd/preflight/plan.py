@@ -196,14 +196,15 @@ def student_adapter(policy: FlowPolicy) -> StudentAdapter:
         return StudentAdapter(_known_spec(source, notes), notes)
     parts = [_known_spec(part, notes) for part in start.adapters]
     rank = parts[0].rank if start.method == "factors" else start.rank or sum(part.rank for part in parts)
-    targets = list(dict.fromkeys(target for part in parts for target in part.targets))
+    usual = Shapes(policy.backbone).targets
+    targets = list(dict.fromkeys(target for part in parts for target in part.targets or usual))
     return StudentAdapter(LoRASpec(rank, targets=targets), notes)
 
 
 def _known_spec(source: AdapterSource, notes: list[str]) -> LoRASpec:
     if (spec := adapter_spec(source)) is not None:
         return spec
-    notes.append(f"adapter {source} is not here; taken for one of rank {LoRASpec().rank} on the attention projections")
+    notes.append(f"adapter {source} is not here; taken for one of rank {LoRASpec().rank} on the modules of a new one")
     return LoRASpec()
 
 

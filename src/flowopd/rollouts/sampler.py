@@ -1,6 +1,8 @@
 """The only place where a step is taken: for rollouts, for training and for evaluation."""
 
 from collections.abc import Sequence
+from copy import copy
+from functools import cached_property
 from itertools import pairwise
 from typing import Protocol
 
@@ -24,12 +26,20 @@ class VelocityField(Protocol):
         ...
 
 
+class Gridded(Protocol):
+    """Whoever has a grid of its own: a backbone."""
+
+    def schedule(self) -> Schedule:
+        """The noise levels that the model is meant for."""
+        ...
+
+
 class Sampler(Shown):
     """Grid, dynamics and noise window of a policy.
 
     Args:
         num_steps: T, steps of a rollout.
-        schedule: the grid of noise levels; default: SD3's, shifted by 3.
+        schedule: the grid of noise levels; default: the backbone's own, and SD3's, shifted by 3, without a backbone.
         dynamics: how a noisy step moves; default: Flow-SDE at level 0.7.
         window: [first, last) steps that inject noise; the others follow the ODE. Default: all but the last.
         trained: [first, last) steps that may be trained on. Default: the window, and if the dynamics is the ODE all but
@@ -70,7 +80,8 @@ class Sampler(Shown):
         within(1, 1000, num_steps=num_steps, eval_steps=eval_steps)
         within(0.0, 100.0, guidance_scale=guidance_scale)
         self.num_steps = num_steps
-        self.schedule = schedule or ShiftedSchedule()
+        self._given = schedule
+        self._model: Gridded | None = None
         self.dynamics = dynamics or FlowSDE()
         self.window = _checked_window("window", window or (0, num_steps - 1), num_steps)
         self.trained = _checked_window("trained", trained or self.window, num_steps)
@@ -79,6 +90,20 @@ class Sampler(Shown):
             steps.check(len(self.trained_steps()))
         self.eval_steps = num_steps if eval_steps is None else eval_steps
         self.guidance_scale = guidance_scale
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        """The grid of noise levels; a backbone's own is read when it is first asked for."""
+        if self._given is not None:
+            return self._given
+        return ShiftedSchedule() if self._model is None else self._model.schedule()
+
+    def on(self, model: Gridded) -> "Sampler":
+        """The same sampler on the grid of a model, unless it was given one."""
+        same = copy(self)
+        vars(same).pop("schedule", None)
+        same._model = model
+        return same
 
     def sigmas(self) -> Tensor:
         """The grid of a rollout, (T + 1,)."""

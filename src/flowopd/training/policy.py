@@ -18,7 +18,6 @@ from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
 from flowopd.core.dynamics import Transition
-from flowopd.core.guidance import guided
 from flowopd.core.objectives import BRANCHES, Objective, anchor_share, anchors_in, labels_of
 from flowopd.evaluation import Column, Scoreboard
 from flowopd.models import AdapterSource, Backbone, LoRASpec, Merge
@@ -117,7 +116,7 @@ class FlowPolicy(LightningModule):
         super().__init__()
         self.backbone = backbone
         self.objective = objective
-        self.sampler = sampler or Sampler()
+        self.sampler = (sampler or Sampler()).on(backbone)
         self.lora = lora or LoRASpec()
         self.start = start
         self.optimizer = optimizer
@@ -174,7 +173,7 @@ class FlowPolicy(LightningModule):
 
     def _attach_student(self) -> None:
         if self.start is None:
-            return add_adapter(self.backbone.network, STUDENT, self.lora)
+            return add_adapter(self.backbone.network, STUDENT, self.lora, self.backbone.targets)
         source = AdapterSource(self.start) if isinstance(self.start, str) else self.start
         return attach(self.backbone.network, STUDENT, source.adapter(), trainable=True)
 
@@ -187,7 +186,7 @@ class FlowPolicy(LightningModule):
         if not self.needs() & BRANCHES:
             return self.sampler.transition(batch, self.velocity(batch.x, batch.sigma, batch.cond))
         branches = self.backbone.branches(batch.x, batch.sigma, batch.cond, STUDENT)
-        velocity = guided(*branches, self.sampler.guidance_scale)
+        velocity = self.backbone.guide(*branches, self.sampler.guidance_scale)
         return replace(self.sampler.transition(batch, velocity), branches=branches)
 
     def base(self) -> BaseTeacher:

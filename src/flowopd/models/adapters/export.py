@@ -27,6 +27,8 @@ class ModelCard:
         facts: what else there is to say, in rows: objective, start, steps, seed.
         teachers: name, kind and fingerprint of every teacher.
         guidance_scale: at which the student was trained, and is to be drawn.
+        pipeline: name of the diffusers pipeline that draws with the base, if there is one.
+        call: what that guidance is called there, and its number.
     """
 
     base: str
@@ -34,6 +36,8 @@ class ModelCard:
     facts: Mapping[str, str] = field(default_factory=dict)
     teachers: Sequence[tuple[str, str, str]] = ()
     guidance_scale: float = 1.0
+    pipeline: str | None = "StableDiffusion3Pipeline"
+    call: Mapping[str, float | str] = field(default_factory=dict)
 
     def text(self, adapter: Adapter) -> str:
         """The card in Markdown, with the hub's header."""
@@ -41,13 +45,20 @@ class ModelCard:
         rows += [(name, f"{kind}, fingerprint {digest}") for name, kind, digest in self.teachers]
         rows += [("fingerprint", adapter.fingerprint()), ("versions", _versions())]
         table = "\n".join(["| | |", "|---|---|", *(f"| {name} | {_cell(value)} |" for name, value in rows)])
-        scale = repr(float(self.guidance_scale))
-        usage = USAGE.format(base=self.base, guidance=self._guidance(), diffusers=DIFFUSERS_WEIGHTS, scale=scale)
-        return f"---\n{self._header()}\n---\n\n# A LoRA adapter made by flowopd\n\n{table}\n\n{usage}"
+        usage = USAGE.format(base=self.base, pipeline=self.pipeline, diffusers=DIFFUSERS_WEIGHTS, call=self._call())
+        text = f"# A LoRA adapter made by flowopd\n\n{table}\n\n{usage if self.pipeline else ''}{self._guidance()}\n"
+        return f"---\n{self._header()}\n---\n\n{text}"
+
+    def _call(self) -> str:
+        """Guidance as an argument of the pipeline."""
+        call = self.call or {"guidance_scale": self.guidance_scale}
+        return ", ".join(
+            f"{name}={float(value) if isinstance(value, int) else value!r}" for name, value in call.items()
+        )
 
     def _guidance(self) -> str:
         """How to draw, in one sentence."""
-        argument = f"`guidance_scale={float(self.guidance_scale)}`"
+        argument = f"`{self._call()}`"
         if self.guidance_scale == 1:
             return f"Draw without guidance ({argument}): that is how it was trained."
         if self.guidance_scale > 1:
@@ -70,7 +81,7 @@ USAGE = """## Use
 With peft:
 
 ```python
-pipe = StableDiffusion3Pipeline.from_pretrained("{base}", dtype=torch.bfloat16).to("cuda")
+pipe = {pipeline}.from_pretrained("{base}", dtype=torch.bfloat16).to("cuda")
 pipe.transformer = PeftModel.from_pretrained(pipe.transformer, "PATH_OF_THIS_FOLDER").merge_and_unload()
 ```
 
@@ -80,11 +91,10 @@ or with diffusers alone:
 pipe.load_lora_weights("PATH_OF_THIS_FOLDER", weight_name="{diffusers}")
 ```
 
-{guidance}
-
 ```python
-pipe("PROMPT", guidance_scale={scale}).images[0]
+pipe("PROMPT", {call}).images[0]
 ```
+
 """
 
 

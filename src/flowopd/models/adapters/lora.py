@@ -24,7 +24,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
 from flowopd.core.ranges import above, at_least
-from flowopd.models.shards import whole
+from flowopd.models.shards import blocks, whole
 
 ATTENTION = (
     "attn.to_q",
@@ -47,25 +47,25 @@ class LoRASpec:
     Args:
         rank: inner width of the two factors.
         alpha: strength; the effective factor is alpha / rank.
-        targets: module name endings; the default is every attention projection of an SD3 block.
+        targets: module name endings; default: the backbone's, for SD3 every attention projection of a block.
         init: ``gaussian`` or peft's default for A; B starts at zero in both.
     """
 
     rank: int = 32
     alpha: float = 64
-    targets: Sequence[str] = ATTENTION
+    targets: Sequence[str] | None = None
     init: Literal["gaussian", "default"] = "gaussian"
 
     def __post_init__(self) -> None:
         at_least(1, rank=self.rank)
         above(0.0, alpha=self.alpha)
 
-    def config(self) -> LoraConfig:
-        """The same in peft's words."""
+    def config(self, targets: Sequence[str] = ATTENTION) -> LoraConfig:
+        """The same in peft's words; ``targets`` are meant where it names none."""
         return LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,  # type: ignore[arg-type]  # peft takes any number
-            target_modules=list(self.targets),
+            target_modules=list(self.targets or targets),
             init_lora_weights="gaussian" if self.init == "gaussian" else True,
         )
 
@@ -143,10 +143,19 @@ class Adapter:
         return digest.hexdigest()[:16]
 
 
-def add_adapter(network: nn.Module, name: str, spec: LoRASpec) -> None:
-    """Put a new, trainable float32 adapter on the network."""
-    _inject(network, name, spec.config())
+def add_adapter(network: nn.Module, name: str, spec: LoRASpec, targets: Sequence[str] = ATTENTION) -> None:
+    """Put a new, trainable float32 adapter on the network; ``targets`` are meant where the spec names none."""
+    _inject(network, name, spec.config(targets))
     _rest_on_trainable(network)
+    every, reached = blocks(network), set(map(id, _adapted(network, name).values()))
+    bare = [block for block in every if not any(id(module) in reached for module in block.modules())]
+    if bare:
+        kind = type(bare[0]).__name__
+        warnings.warn(
+            f"adapter {name!r} changes nothing in {len(bare)} of {len(every)} blocks, such as a {kind}; if that is not "
+            "meant, name modules of theirs in its targets",
+            stacklevel=2,
+        )
 
 
 def attach(network: nn.Module, name: str, adapter: Adapter, trainable: bool = False) -> None:

@@ -60,5 +60,7 @@ def card(policy: FlowPolicy) -> ModelCard:
         (name, shown(teacher), teacher.fingerprint())
         for name, teacher in policy.signals.teaching.teachers_by_name().items()
     ]
-    base = getattr(policy.backbone, "path", type(policy.backbone).__name__)
-    return ModelCard(base, type(policy).__name__, facts, teachers, policy.sampler.guidance_scale)
+    backbone, scale = policy.backbone, policy.sampler.guidance_scale
+    base = getattr(backbone, "path", type(backbone).__name__)
+    made_by = type(policy).__name__
+    return ModelCard(base, made_by, facts, teachers, scale, backbone.library_class, backbone.call(scale))

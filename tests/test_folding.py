@@ -9,6 +9,7 @@ from lightning import Callback
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from flowopd.core import ShiftedSchedule
 from flowopd.models import SD3Backbone
 from flowopd.records import Conditioning
 from flowopd.rollouts import Sampler
@@ -44,6 +45,9 @@ class LinearBackbone(SD3Backbone):
 
     def latent_shape(self) -> tuple[int, int, int]:
         return 1, 2, 2
+
+    def schedule(self) -> ShiftedSchedule:
+        return ShiftedSchedule()
 
     def prepare(self, texts) -> None:
         """Nothing is read."""

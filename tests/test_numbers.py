@@ -17,6 +17,7 @@ HOMES += ("flowopd.evaluation", "flowopd.models", "flowopd.teachers", "flowopd.t
 RECORDS = {"Column", "Conditioning", "Gaussian", "Labels", "Prompt", "Rollout", "RowNoise", "Scores", "StepBatch"}
 RECORDS |= {
     "Draw",
+    "Shots",
     "Transition",
     "Reward",
     "Teacher",

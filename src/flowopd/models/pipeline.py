@@ -94,7 +94,7 @@ class DiffusersBackbone(Backbone):
         if dtype == "float16" and not self.float16:
             raise ValueError(f"a {self.library_class} overflows float16; choose bfloat16 or float32")
         within(0, 512, max_sequence_length=max_sequence_length)
-        height, width = resolution if isinstance(resolution, Sequence) else (resolution, resolution)
+        height, width = resolution if isinstance(resolution, tuple | list) else (resolution, resolution)
         at_least(8, resolution=height, width=width)
         within(0.0, 100.0, guidance_scale=guidance_scale)
         at_least(0.0, text_cache_gb=text_cache_gb, text_memory_gb=text_memory_gb)

@@ -43,10 +43,7 @@ def count_forwards(
     the mean over all ranks. Forwards of a part that several teachers have in common are under all of their names.
     """
     counts = Counter[str]()
-    policy, data = copy.copy(policy), copy.copy(data)
-    if isinstance(policy.backbone, DiffusersBackbone):
-        policy.sampler = policy.sampler.on(Shapes(policy.backbone))
-    policy.backbone = _CountingBackbone(counts)
+    policy, data = _counted(policy, counts), copy.copy(data)
     policy.log_dict = _say_nothing  # type: ignore[method-assign]
     policy.distances = Distances(policy.sampler.num_steps)
     connect(policy, data, _counting(callbacks, counts), accumulate)
@@ -74,8 +71,7 @@ def count_evaluation(
     if not data.evaluation_count:
         return {}
     counts = Counter[str]()
-    policy, data = copy.copy(policy), copy.copy(data)
-    policy.backbone = _CountingBackbone(counts)
+    policy, data = _counted(policy, counts), copy.copy(data)
     connect(policy, data, _counting(callbacks, counts))
     for batch in data.evaluation_loader():
         policy.draw(batch.prompts, batch.noise)
@@ -123,6 +119,15 @@ def idle_trainer(callbacks: Sequence[Callback] = (), accumulate: int = 1) -> Tra
     )
     logger.setLevel(level)
     return trainer
+
+
+def _counted(policy: FlowPolicy, counts: Counter[str]) -> FlowPolicy:
+    """The policy on a backbone that only counts, and on the grid of its own."""
+    counted = copy.copy(policy)
+    if isinstance(policy.backbone, DiffusersBackbone):
+        counted.sampler = policy.sampler.on(Shapes(policy.backbone))
+    counted.backbone = _CountingBackbone(counts)
+    return counted
 
 
 def _say_nothing(*_: Any, **__: Any) -> None: ...

@@ -181,7 +181,7 @@ def test_a_stage_that_fails_loses_only_those_that_use_it(capsys):
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_so_many_run_at_a_time_and_share_the_cores(jobs, monkeypatch):
     monkeypatch.setattr(runs.os, "cpu_count", lambda: 8)
-    write([stage("a", seeds=[0, 1, 2, 3], wait=0.2)])
+    write([stage("a", seeds=[0, 1, 2, 3], wait=0.2 if jobs == 1 else 2.0)])
     assert study(jobs) == 0
     times = [moment("a", seed) for seed in range(4)]
     together = [sum(first <= begin < last for first, last in times) for begin, _ in times]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import Flux2KleinPipeline, FluxPipeline, QwenImagePipeline, StableDiffusion3Pipeline, ZImagePipeline
 from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
 from jsonargparse import ArgumentParser
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -17,7 +17,7 @@ from tiny import loaded
 from flowopd.models import AdapterSource, LoRASpec, Merge
 from flowopd.models.adapters.export import ModelCard, export_adapter
 from flowopd.models.adapters.files import CONFIG, DIFFUSERS_WEIGHTS, WEIGHTS, read_adapter, save_adapter
-from flowopd.models.adapters.layouts import PEFT
+from flowopd.models.adapters.layouts import PEFT, find_factors
 from flowopd.models.adapters.lora import (
     ATTENTION,
     Adapter,
@@ -585,6 +585,71 @@ def test_original_names_are_converted_as_diffusers_converts_checkpoints(tmp_path
     assert read_adapter(str(tmp_path)).fingerprint() == ours.fingerprint()
 
 
+WIDTH = 3072  # of FLUX.1, which diffusers' converter knows by heart
+STREAMS = {
+    f"{side}_{part}": shape
+    for side in ("img", "txt")
+    for part, shape in {"attn.qkv": (3 * WIDTH, WIDTH), "attn.proj": (WIDTH, WIDTH)}.items()
+}
+ORIGINAL = {  # shapes of modules in the original names, by family
+    "flux": {f"double_blocks.1.{name}": shape for name, shape in STREAMS.items()}
+    | {f"double_blocks.1.{side}_mlp.0": (4 * WIDTH, WIDTH) for side in ("img", "txt")}
+    | {f"double_blocks.1.{side}_mlp.2": (WIDTH, 4 * WIDTH) for side in ("img", "txt")}
+    | {f"double_blocks.1.{side}_mod.lin": (6 * WIDTH, WIDTH) for side in ("img", "txt")}
+    | {"single_blocks.3.linear1": (7 * WIDTH, WIDTH), "single_blocks.3.linear2": (WIDTH, 5 * WIDTH)}
+    | {"single_blocks.3.modulation.lin": (3 * WIDTH, WIDTH)},
+    "flux 2": {f"double_blocks.1.{name}": shape for name, shape in STREAMS.items()}
+    | {f"double_blocks.1.{side}_mlp.0": (6 * WIDTH, WIDTH) for side in ("img", "txt")}
+    | {f"double_blocks.1.{side}_mlp.2": (WIDTH, 3 * WIDTH) for side in ("img", "txt")}
+    | {"single_blocks.3.linear1": (9 * WIDTH, WIDTH), "single_blocks.3.linear2": (WIDTH, 4 * WIDTH)},
+    "z-image": {f"{place}.1.attention.to_{letter}": (8, 8) for place in ("layers", "noise_refiner") for letter in "qkv"}
+    | {"layers.0.attention.to_out.0": (8, 8), "context_refiner.0.feed_forward.w2": (8, 24)},
+    "qwen": {f"transformer_blocks.0.attn.{name}": (8, 8) for name in ("to_q", "add_k_proj", "to_out.0", "to_add_out")}
+    | {"transformer_blocks.0.img_mlp.net.0.proj": (32, 8), "transformer_blocks.0.txt_mod.1": (48, 8)},
+}
+PIPELINES = {"flux": FluxPipeline, "flux 2": Flux2KleinPipeline, "z-image": ZImagePipeline, "qwen": QwenImagePipeline}
+
+
+@pytest.mark.parametrize("family", ORIGINAL)
+def test_adapters_of_further_families_are_converted_as_diffusers_does(tmp_path, family):
+    tensors, name = {}, flat("lora_unet_")
+    for module, (out, into) in ORIGINAL[family].items():
+        tensors |= {name(module, "A"): torch.randn(2, into), name(module, "B"): torch.randn(out, 2)}
+        tensors[name(module, "alpha")] = torch.tensor(8.0)
+    save_file(tensors, tmp_path / "kohya.safetensors")
+    theirs = find_factors(PIPELINES[family].lora_state_dict(dict(tensors)))
+    ours = read_adapter(str(tmp_path / "kohya.safetensors")).parts
+    assert ours.keys() == theirs.keys()
+    for module, part in ours.items():
+        torch.testing.assert_close(part.scale * part.b, 4.0 * part.b)
+        torch.testing.assert_close(4 * part.b[:64] @ part.a[:, :64], theirs[module].b[:64] @ theirs[module].a[:, :64])
+
+
+@pytest.mark.parametrize("family", ["flux", "flux 2"])
+def test_original_names_with_dots_are_those_without(tmp_path, family):
+    """As ComfyUI and ai-toolkit write them."""
+    rows = {module: (torch.randn(1, into), torch.randn(out, 1)) for module, (out, into) in ORIGINAL[family].items()}
+    files = {"flat": flat("lora_unet_"), "dotted": dotted("diffusion_model.", "lora_A.weight", "lora_B.weight")}
+    for file, rename in files.items():
+        named = {rename(module, "A"): a for module, (a, _) in rows.items()}
+        named |= {rename(module, "B"): b for module, (_, b) in rows.items()}
+        save_file(named, tmp_path / f"{file}.safetensors")
+    flat_, dotted_ = (read_adapter(str(tmp_path / f"{file}.safetensors")) for file in files)
+    assert flat_.fingerprint() == dotted_.fingerprint()
+
+
+def test_fused_projections_of_z_image_are_three_modules(tmp_path):
+    a, b = torch.randn(2, 8), torch.randn(24, 2)
+    name = "diffusion_model.layers.0.attention."
+    out = {f"{name}out.lora_A.weight": a.clone(), f"{name}out.lora_B.weight": b[:8].clone()}
+    save_file({f"{name}qkv.lora_A.weight": a, f"{name}qkv.lora_B.weight": b, **out}, tmp_path / "comfy.safetensors")
+    parts = read_adapter(str(tmp_path / "comfy.safetensors")).parts
+    rows = {module.removeprefix("layers.0.attention."): part.b for module, part in parts.items()}
+    wanted = dict(zip(("to_q", "to_k", "to_v", "to_out.0"), (*b.chunk(3), b[:8]), strict=True))
+    assert rows.keys() == wanted.keys()
+    assert all(torch.equal(rows[module], part) for module, part in wanted.items())
+
+
 @pytest.mark.parametrize(
     ("tensors", "sentence"),
     [
@@ -598,7 +663,7 @@ def test_original_names_are_converted_as_diffusers_converts_checkpoints(tmp_path
                 "diffusion_model.joint_blocks.0.x.lora_down.weight": (4, 8),
                 "diffusion_model.joint_blocks.0.x.lora_up.weight": (8, 4),
             },
-            "has diffusion_model.joint_blocks.0.x, which is no module of an SD3 transformer",
+            "has diffusion_model.joint_blocks.0.x, which is no module of a transformer that is known",
         ),
         ({"a.lora_A.weight": (4, 8), "a.lora_B.weight": (8, 4), "a.alpha": (2,)}, "has no finite number in a.alpha"),
         ({"a.lora_A.weight": (4, 8), "a.lora_B.weight": (8, 4), "b.alpha": (1,)}, "lacks the factor A of b"),

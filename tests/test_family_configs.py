@@ -20,13 +20,18 @@ from flowopd.preflight.plan import Hardware, plan
 from flowopd.records import Prompt
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-FAMILIES = {"zimage": tiny_families.zimage, "qwen_image": tiny_families.qwen}
+FAMILIES = {
+    "zimage": tiny_families.zimage,
+    "qwen_image": tiny_families.qwen,
+    "flux1": tiny_families.flux,
+    "flux2_klein": tiny_families.klein,
+}
 SIZES = {"resolution": [16, 24], "max_sequence_length": 160}
 RECIPES = [f"{family}/{path.stem}" for family in FAMILIES for path in sorted((CONFIGS / family).glob("*.yaml"))]
 WANTED = {"teacher_ocr", "cold_start_merge", "opd", "evaluate"}
 STUB = {"class_path": "test_family_configs.Redness"}
 OVERLAYS = [f"{family}/hardware/{path.stem}" for family in FAMILIES for path in (CONFIGS / family).glob("hardware/*")]
-LIMITS = {"48gb": 48e9, "1x80gb": 80e9, "8x80gb_fsdp": 80e9}
+LIMITS = {"24gb": 24e9, "48gb": 48e9, "1x80gb": 80e9, "8x80gb_fsdp": 80e9}
 
 
 class Redness:

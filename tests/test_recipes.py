@@ -13,7 +13,7 @@ from flowopd.cli.main import main
 from flowopd.prompts import Mixture
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-WORLDS = ("tiles", "sd35", "zimage", "qwen_image")
+WORLDS = ("tiles", "sd35", "zimage", "qwen_image", "flux1", "flux2_klein")
 FILES = sorted(path for world in WORLDS for path in (CONFIGS / world).glob("*.yaml"))
 ABLATIONS = sorted(CONFIGS.glob("*/ablations/*.yaml"))
 OTHER = ("pretrain", "ablations", "benchmark")  # of another module; a study; many models

@@ -30,6 +30,7 @@ THINGS = [
     core.LinearSchedule(),
     core.ShiftedSchedule(shift=6.0),
     core.FlowSchedule(2.0, terminal=0.02),
+    core.EmpiricalSchedule(tokens=1024),
     core.GroupAdvantage("group", clip=2.0),
     core.TransitionKL(core.Uniform()),
     core.FlowMatching(),

@@ -1,20 +1,29 @@
 """Random pipelines of further families, a few hundred thousand parameters each: all offline."""
 
+import tiny
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
+    FluxPipeline,
+    FluxTransformer2DModel,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
 from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
     Qwen3Config,
+    Qwen3ForCausalLM,
     Qwen3Model,
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -54,21 +63,25 @@ def autoencoder(channels: int = 16) -> AutoencoderKL:
     )
 
 
+def qwen3(words: Qwen2Tokenizer, layers: int) -> Qwen3Config:
+    return Qwen3Config(
+        vocab_size=len(words),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=8,
+        pad_token_id=words.pad_token_id,
+    )
+
+
 def zimage(seed: int = 0) -> ZImagePipeline:
     """A stock Z-Image pipeline with random weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         words = bytes_tokenizer()
-        config = Qwen3Config(
-            vocab_size=len(words),
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            head_dim=8,
-            pad_token_id=words.pad_token_id,
-        )
+        config = qwen3(words, layers=2)
         transformer = ZImageTransformer2DModel(
             in_channels=16,
             dim=32,
@@ -136,5 +149,78 @@ def qwen(seed: int = 0) -> QwenImagePipeline:
             scheduler=scheduler,
             vae=autoencoder.eval(),
             text_encoder=Qwen2_5_VLForConditionalGeneration(config).eval(),
+            tokenizer=words,
+        )
+
+
+def flux(seed: int = 0) -> FluxPipeline:
+    """A stock FLUX.1 pipeline with random weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        words, pieces = tiny.clip_tokenizer(), tiny.t5_tokenizer()
+        clip = CLIPTextConfig(
+            vocab_size=len(words),
+            bos_token_id=words.bos_token_id,
+            eos_token_id=words.eos_token_id,
+            pad_token_id=words.pad_token_id,
+            hidden_size=32,
+            intermediate_size=32,
+            num_attention_heads=2,
+            num_hidden_layers=2,
+            max_position_embeddings=tiny.TOKENS,
+        )
+        transformer = FluxTransformer2DModel(
+            patch_size=1,
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            pooled_projection_dim=32,
+            axes_dims_rope=(4, 4, 8),
+            guidance_embeds=True,
+        )
+        return FluxPipeline(
+            transformer=transformer.eval(),
+            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+            vae=autoencoder(4).eval(),
+            text_encoder=CLIPTextModel(clip).eval(),
+            tokenizer=words,
+            text_encoder_2=tiny.t5_encoder(pieces).eval(),
+            tokenizer_2=pieces,
+        )
+
+
+def klein(seed: int = 0) -> Flux2KleinPipeline:
+    """A stock FLUX.2-klein pipeline with random weights; four pixels per latent, 27 layers of text."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        words = bytes_tokenizer()
+        transformer = Flux2Transformer2DModel(
+            patch_size=1,
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=48,
+            axes_dims_rope=[4, 4, 4, 4],
+            guidance_embeds=False,
+        )
+        pictures = AutoencoderKLFlux2(
+            latent_channels=4,
+            block_out_channels=(8, 8),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            norm_num_groups=2,
+        )
+        pictures.bn.running_mean.normal_()
+        pictures.bn.running_var.uniform_(0.5, 2.0)
+        return Flux2KleinPipeline(
+            transformer=transformer.eval(),
+            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+            vae=pictures.eval(),
+            text_encoder=Qwen3ForCausalLM(qwen3(words, layers=27)).eval(),
             tokenizer=words,
         )

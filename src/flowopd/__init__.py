@@ -40,6 +40,8 @@ _HOMES = {
         "AdapterSource",
         "Backbone",
         "DiffusersBackbone",
+        "Flux2KleinBackbone",
+        "FluxBackbone",
         "LoRASpec",
         "Merge",
         "QwenImageBackbone",

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -214,7 +215,9 @@ def draw_stock(
     """Pictures (B, 3, H, W) in [0, 1] of B texts by a stock pipeline, from noise (B, C, H, W)."""
     pipeline.set_progress_bar_config(disable=True)
     factor = backbone.pixels_per_latent(backbone.files.config("vae"))
-    words = backbone.call(scale) | {"negative_prompt": [backbone.negative_prompt] * len(texts) if scale != 1 else None}
+    words: dict[str, Any] = dict(backbone.call(scale))
+    if "negative_prompt" in signature(pipeline.__call__).parameters:
+        words["negative_prompt"] = [backbone.negative_prompt] * len(texts) if scale != 1 else None
     pictures: Tensor = pipeline(
         prompt=list(texts),
         height=factor * noise.shape[-2],

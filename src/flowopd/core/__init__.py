@@ -23,7 +23,7 @@ from flowopd.core.objectives import (
 )
 from flowopd.core.paths import clean_from_velocity, interpolate, noise_from_velocity, velocity_from
 from flowopd.core.ramps import Course, Ramp
-from flowopd.core.schedules import FlowSchedule, LinearSchedule, Schedule, ShiftedSchedule
+from flowopd.core.schedules import EmpiricalSchedule, FlowSchedule, LinearSchedule, Schedule, ShiftedSchedule
 from flowopd.core.weights import CleanPicture, ExactKL, ODEDistance, Released, Uniform, Weighting
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "Course",
     "DanceSDE",
     "Dynamics",
+    "EmpiricalSchedule",
     "ExactKL",
     "FlowMatching",
     "FlowSDE",

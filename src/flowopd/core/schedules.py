@@ -1,5 +1,6 @@
 """Grids of noise levels: T steps need T + 1 levels, from 1 down to 0."""
 
+import math
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -105,3 +106,32 @@ class FlowSchedule(Shown):
         if self.terminal and num_steps > 1:
             levels = 1 - (1 - levels) * (1 - self.terminal) / (1 - levels[-1])
         return torch.cat([levels, levels.new_zeros(1)]).float()
+
+
+class EmpiricalSchedule(Shown):
+    """The grid of FLUX.2: that of ``FlowSchedule`` at a shift e^μ which depends on the picture's size and on T.
+
+        μ = m₁₀ + (m₂₀₀ - m₁₀) · (T - 10) / 190,
+        m₁₀ = 8.738e-5 · tokens + 1.898,    m₂₀₀ = 1.693e-4 · tokens + 0.457,
+
+    and m₂₀₀ itself above 4300 tokens. A rollout of few steps and an evaluation of many do not lie on one curve.
+
+    Args:
+        tokens: image tokens of a picture, a token for 16 x 16 pixels.
+
+    References:
+        The public code of FLUX.2 (Black Forest Labs, 2025), ``compute_empirical_mu``.
+
+    >>> EmpiricalSchedule(tokens=1024).sigmas(4)
+    tensor([1.0000, 0.9579, 0.8834, 0.7164, 0.0000])
+    """
+
+    def __init__(self, tokens: int) -> None:
+        at_least(1, tokens=tokens)
+        self.tokens = tokens
+
+    def sigmas(self, num_steps: int) -> Tensor:
+        """Return (num_steps + 1,) float32 levels, strictly decreasing from 1 to 0."""
+        few, many = 8.73809524e-05 * self.tokens + 1.89833333, 0.00016927 * self.tokens + 0.45666666
+        mu = many if self.tokens > 4300 else few + (many - few) * (num_steps - 10) / 190
+        return FlowSchedule(math.exp(mu)).sigmas(num_steps)

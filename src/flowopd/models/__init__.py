@@ -4,6 +4,7 @@ from flowopd.models.adapters.files import AdapterSource
 from flowopd.models.adapters.lora import LoRASpec
 from flowopd.models.adapters.merge import Merge
 from flowopd.models.backbone import Backbone
+from flowopd.models.flux import Flux2KleinBackbone, FluxBackbone
 from flowopd.models.pipeline import DiffusersBackbone
 from flowopd.models.qwen import QwenImageBackbone
 from flowopd.models.sd3 import SD3Backbone
@@ -13,6 +14,8 @@ __all__ = [
     "AdapterSource",
     "Backbone",
     "DiffusersBackbone",
+    "Flux2KleinBackbone",
+    "FluxBackbone",
     "LoRASpec",
     "Merge",
     "QwenImageBackbone",

@@ -64,6 +64,16 @@ class Backbone(ABC):
         """What guidance by a scale is called where the model comes from, and its number there."""
         return {"guidance_scale": scale}
 
+    def at_embedded(self, guidance: float | None) -> "Backbone":
+        """The same network, told another number to guide itself by; ``None``: as it is.
+
+        Raises:
+            ValueError: if it reads none.
+        """
+        if guidance is None:
+            return self
+        raise ValueError(f"a {type(self).__name__} reads no guidance; leave embedded_guidance out")
+
     @abstractmethod
     def encode(self, texts: Sequence[str]) -> Conditioning:
         """Encode texts, one row each, without gradient."""

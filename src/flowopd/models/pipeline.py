@@ -130,6 +130,11 @@ class DiffusersBackbone(Backbone):
         velocity: Tensor = output[0]
         return velocity
 
+    @override
+    def call(self, scale: float) -> dict[str, float | str]:
+        negative = {"negative_prompt": self.negative_prompt} if self.negative_prompt else {}
+        return {"guidance_scale": scale, **negative}
+
     def packed(self, x: Tensor) -> Tensor:
         """States (B, C, H, W) as the stock pipeline wants them for its ``latents``."""
         return x

@@ -63,7 +63,7 @@ class ZImageBackbone(DiffusersBackbone):
 
     @override
     def call(self, scale: float) -> dict[str, float | str]:
-        return {"guidance_scale": scale - 1}
+        return super().call(scale) | {"guidance_scale": scale - 1}
 
     @override
     def longest(self, config: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[int, ...]]:

@@ -96,6 +96,7 @@ _QWEN3_4B: Mapping[str, Any] = {
     "head_dim": 128,
     "vocab_size": 151936,
 }
+_QWEN3_8B: Mapping[str, Any] = {**_QWEN3_4B, "hidden_size": 4096, "intermediate_size": 12288}
 QWEN_IMAGE: Mapping[str, Any] = {
     "patch_size": 2,
     "in_channels": 64,
@@ -135,6 +136,48 @@ _QWEN_SHIFTED: Mapping[str, Any] = {
     "max_shift": 0.9,
     "shift_terminal": 0.02,
 }
+FLUX_1: Mapping[str, Any] = {
+    "patch_size": 1,
+    "in_channels": 64,
+    "num_layers": 19,
+    "num_single_layers": 38,
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 768,
+    "guidance_embeds": True,
+}
+"""Shapes of black-forest-labs/FLUX.1-dev."""
+
+FLUX_2_KLEIN_4B: Mapping[str, Any] = {
+    "patch_size": 1,
+    "in_channels": 128,
+    "num_layers": 5,
+    "num_single_layers": 20,
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 7680,
+    "guidance_embeds": False,
+}
+"""Shapes of black-forest-labs/FLUX.2-klein-4B, and of its base."""
+
+FLUX_2_KLEIN_9B: Mapping[str, Any] = {
+    **FLUX_2_KLEIN_4B,
+    "num_layers": 8,
+    "num_single_layers": 24,
+    "num_attention_heads": 32,
+    "joint_attention_dim": 12288,
+}
+"""Shapes of black-forest-labs/FLUX.2-klein-9B, and of its base."""
+
+_FLUX_SHIFTED: Mapping[str, Any] = {
+    "shift": 3.0,
+    "use_dynamic_shifting": True,
+    "base_image_seq_len": 256,
+    "max_image_seq_len": 4096,
+    "base_shift": 0.5,
+    "max_shift": 1.15,
+}
 KNOWN: Mapping[str, Mapping[str, Mapping[str, Any]]] = (
     {
         f"stabilityai/stable-diffusion-3.5-{size}": {"transformer": transformer, **_AROUND}
@@ -157,6 +200,24 @@ KNOWN: Mapping[str, Mapping[str, Mapping[str, Any]]] = (
             "text_encoder": _QWEN_VL_7B,
         }
         for name in ("Qwen-Image", "Qwen-Image-2512")
+    }
+    | {
+        "black-forest-labs/FLUX.1-dev": {
+            "transformer": FLUX_1,
+            "vae": _AROUND["vae"],
+            "scheduler": _FLUX_SHIFTED,
+            "text_encoder": _AROUND["text_encoder"],
+            "text_encoder_2": _AROUND["text_encoder_3"],
+        }
+    }
+    | {
+        f"black-forest-labs/FLUX.2-klein-{name}": {
+            "transformer": FLUX_2_KLEIN_9B if "9B" in name else FLUX_2_KLEIN_4B,
+            "vae": {"block_out_channels": [128, 256, 512, 512]},
+            "scheduler": _FLUX_SHIFTED,
+            "text_encoder": _QWEN3_8B if "9B" in name else {**_QWEN3_4B, "tie_word_embeddings": True},
+        }
+        for name in ("4B", "base-4B", "9B", "base-9B")
     }
 )
 """Configs by part, for planning before anything is downloaded."""

@@ -28,10 +28,14 @@ class AdapterTeacher(Shown):
     Args:
         source: what the adapter is read from, or made of.
         guidance_scale: guidance; 1 for none. Default: none, with a warning beside a guided student.
+        embedded_guidance: the number that a model like FLUX.1 reads to guide itself; default: the backbone's.
     """
 
-    def __init__(self, source: AdapterMaker, guidance_scale: float | None = None) -> None:
-        within(0.0, 100.0, guidance_scale=guidance_scale)
+    def __init__(
+        self, source: AdapterMaker, guidance_scale: float | None = None, embedded_guidance: float | None = None
+    ) -> None:
+        within(0.0, 100.0, guidance_scale=guidance_scale, embedded_guidance=embedded_guidance)
+        self.embedded_guidance = embedded_guidance
         self.source = source
         self.guidance_scale = 1.0 if guidance_scale is None else guidance_scale
         self._states_guidance = guidance_scale is not None
@@ -43,10 +47,11 @@ class AdapterTeacher(Shown):
 
         Raises:
             FileNotFoundError: if something that it is made of is missing.
-            ValueError: if it cannot be made, or does not fit the backbone.
+            ValueError: if it cannot be made, or does not fit the backbone; or if the backbone reads no guidance and
+                one is given.
         """
         adapter = self.source.adapter()
-        self._backbone, self._fingerprint = backbone, adapter.fingerprint()
+        self._backbone, self._fingerprint = backbone.at_embedded(self.embedded_guidance), adapter.fingerprint()
         if self._name not in adapter_names(backbone.network):
             attach(backbone.network, self._name, adapter)
 
@@ -67,4 +72,5 @@ class AdapterTeacher(Shown):
     @property
     def identity(self) -> Hashable:
         """Network, adapter and guidance: teachers that agree in these are asked once."""
-        return id(self._backbone), self._fingerprint, self.guidance_scale
+        network = None if self._backbone is None else id(self._backbone.network)
+        return network, self._fingerprint, self.guidance_scale, self.embedded_guidance

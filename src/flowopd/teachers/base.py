@@ -40,13 +40,20 @@ class LoRATeacher:
         subfolder: folder or file inside ``path``.
         revision: branch, tag or commit on the hub.
         guidance_scale: the teacher's own guidance; 1 for none. Default: none, with a warning beside a guided student.
+        embedded_guidance: the number that a model like FLUX.1 reads to guide itself; default: the backbone's.
     """
 
     def __init__(
-        self, path: str, subfolder: str | None = None, revision: str | None = None, guidance_scale: float | None = None
+        self,
+        path: str,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        guidance_scale: float | None = None,
+        embedded_guidance: float | None = None,
     ) -> None:
         self.source = AdapterSource(path, subfolder, revision)
-        within(0.0, 100.0, guidance_scale=guidance_scale)
+        within(0.0, 100.0, guidance_scale=guidance_scale, embedded_guidance=embedded_guidance)
+        self.embedded_guidance = embedded_guidance
         self.guidance_scale = 1.0 if guidance_scale is None else guidance_scale
         self._states_guidance = guidance_scale is not None
         self._backbone: Backbone | None = None
@@ -55,18 +62,20 @@ class LoRATeacher:
 
     def __repr__(self) -> str:
         path, subfolder, revision = self.source.path, self.source.subfolder, self.source.revision
-        return f"LoRATeacher({path=}, {subfolder=}, {revision=}, guidance_scale={self.guidance_scale})"
+        told = "" if self.embedded_guidance is None else f", embedded_guidance={self.embedded_guidance}"
+        return f"LoRATeacher({path=}, {subfolder=}, {revision=}, guidance_scale={self.guidance_scale}{told})"
 
     def attach(self, backbone: Backbone) -> None:
         """Put the adapter on the backbone; the same adapter is carried once.
 
         Raises:
             FileNotFoundError: if the folder is missing.
-            ValueError: if it is not a plain LoRA, does not fit the backbone, or changes nothing.
+            ValueError: if it is not a plain LoRA, does not fit the backbone, or changes nothing; or if the backbone
+                reads no guidance and one is given.
         """
         adapter = self.source.adapter()
         _check_changes_something(adapter, self.source)
-        self._backbone, self._fingerprint = backbone, adapter.fingerprint()
+        self._backbone, self._fingerprint = backbone.at_embedded(self.embedded_guidance), adapter.fingerprint()
         self._name = f"teacher-{self._fingerprint}"
         if self._name not in adapter_names(backbone.network):
             _attach_named(backbone, self._name, adapter, self.source)
@@ -84,7 +93,7 @@ class LoRATeacher:
     @property
     def identity(self) -> Hashable:
         """Network, adapter and guidance: teachers that agree in these are asked once."""
-        return id(self._backbone), self.source, self.guidance_scale
+        return _network(self._backbone), self.source, self.guidance_scale, self.embedded_guidance
 
     def at(self, guidance_scale: float) -> Self:
         """The same teacher, asked with another guidance."""
@@ -98,17 +107,23 @@ class BaseTeacher(Shown):
 
     Args:
         guidance_scale: guidance; 1 for none. Default: none, with a warning beside a guided student.
+        embedded_guidance: the number that a model like FLUX.1 reads to guide itself; default: the backbone's.
     """
 
-    def __init__(self, guidance_scale: float | None = None) -> None:
-        within(0.0, 100.0, guidance_scale=guidance_scale)
+    def __init__(self, guidance_scale: float | None = None, embedded_guidance: float | None = None) -> None:
+        within(0.0, 100.0, guidance_scale=guidance_scale, embedded_guidance=embedded_guidance)
+        self.embedded_guidance = embedded_guidance
         self.guidance_scale = 1.0 if guidance_scale is None else guidance_scale
         self._states_guidance = guidance_scale is not None
         self._backbone: Backbone | None = None
 
     def attach(self, backbone: Backbone) -> None:
-        """Remember the backbone."""
-        self._backbone = backbone
+        """Remember the backbone.
+
+        Raises:
+            ValueError: if it reads no guidance and one is given.
+        """
+        self._backbone = backbone.at_embedded(self.embedded_guidance)
 
     @torch.no_grad()
     def velocity(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
@@ -123,7 +138,7 @@ class BaseTeacher(Shown):
     @property
     def identity(self) -> Hashable:
         """Network and guidance: teachers that agree in these are asked once."""
-        return id(self._backbone), None, self.guidance_scale
+        return _network(self._backbone), None, self.guidance_scale, self.embedded_guidance
 
     def at(self, guidance_scale: float) -> Self:
         """The same teacher, asked with another guidance."""
@@ -205,6 +220,10 @@ def _field(adapter: AdapterSource | None, guidance_scale: float | None) -> LoRAT
     if adapter is None:
         return BaseTeacher(guidance_scale)
     return LoRATeacher(adapter.path, adapter.subfolder, adapter.revision, guidance_scale)
+
+
+def _network(backbone: Backbone | None) -> int:
+    return 0 if backbone is None else id(backbone.network)
 
 
 def _own(network: nn.Module) -> dict[str, Tensor]:

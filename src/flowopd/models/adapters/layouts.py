@@ -1,7 +1,7 @@
-"""Names of factors in files, as peft, diffusers, kohya's scripts and ComfyUI spell them; of SD3's transformer as well.
+"""Names of factors in files, as peft, diffusers, kohya's scripts and ComfyUI spell them; of modules as well.
 
-diffusers converts whole checkpoints from the original names of SD3's modules, but no adapters; the tables below say the
-same for factors (a test holds them to its converter).
+diffusers converts whole checkpoints from the original names of SD3's modules, but no adapters, and those of the other
+families only for a pipeline that is there; the tables below say the same for factors (tests hold them to diffusers).
 """
 
 from __future__ import annotations
@@ -30,20 +30,57 @@ MORE = {  # what else is found in such files, in the order in which it is looked
     r"\.(bias|diff_b|b_norm)$": "has trained biases",
     r"\.(weight|diff|set_weight|w_norm)$": "has whole trained modules",
 }
-BLOCK = {  # a joint block, in the original names; the fused projections of q, k and v are three modules here
-    "x_block.attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+QKV, ADDED = ("attn.to_q", "attn.to_k", "attn.to_v"), ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
+JOINT = {  # a joint block of SD3, in the original names; the fused projections of q, k and v are three modules here
+    "x_block.attn.qkv": QKV,
     "x_block.attn.proj": ("attn.to_out.0",),
     "x_block.attn2.qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
     "x_block.attn2.proj": ("attn2.to_out.0",),
     "x_block.mlp.fc1": ("ff.net.0.proj",),
     "x_block.mlp.fc2": ("ff.net.2",),
     "x_block.adaLN_modulation.1": ("norm1.linear",),
-    "context_block.attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "context_block.attn.qkv": ADDED,
     "context_block.attn.proj": ("attn.to_add_out",),
     "context_block.mlp.fc1": ("ff_context.net.0.proj",),
     "context_block.mlp.fc2": ("ff_context.net.2",),
     "context_block.adaLN_modulation.1": ("norm1_context.linear",),
 }
+DOUBLE = {  # a block of two streams of FLUX.1
+    "img_attn.qkv": QKV,
+    "img_attn.proj": ("attn.to_out.0",),
+    "img_mlp.0": ("ff.net.0.proj",),
+    "img_mlp.2": ("ff.net.2",),
+    "img_mod.lin": ("norm1.linear",),
+    "txt_attn.qkv": ADDED,
+    "txt_attn.proj": ("attn.to_add_out",),
+    "txt_mlp.0": ("ff_context.net.0.proj",),
+    "txt_mlp.2": ("ff_context.net.2",),
+    "txt_mod.lin": ("norm1_context.linear",),
+}
+SINGLE = {"linear1": (*QKV, "proj_mlp"), "linear2": ("proj_out",), "modulation.lin": ("norm.linear",)}
+FLUX_2 = {  # where it differs from FLUX.1, by outputs per input
+    ("img_mlp.0", 6): ("ff.linear_in",),
+    ("img_mlp.2", 1 / 3): ("ff.linear_out",),
+    ("txt_mlp.0", 6): ("ff_context.linear_in",),
+    ("txt_mlp.2", 1 / 3): ("ff_context.linear_out",),
+    ("linear1", 9): ("attn.to_qkv_mlp_proj",),
+    ("linear2", 1 / 4): ("attn.to_out",),
+}
+Z_IMAGE = {
+    "attention.qkv": ("attention.to_q", "attention.to_k", "attention.to_v"),
+    "attention.out": ("attention.to_out.0",),
+}
+BLOCKS = {  # the list of blocks here, and its modules, by the original name of the list
+    "joint_blocks": ("transformer_blocks", JOINT),
+    "double_blocks": ("transformer_blocks", DOUBLE),
+    "single_blocks": ("single_transformer_blocks", SINGLE),
+    **{name: (name, Z_IMAGE) for name in ("layers", "noise_refiner", "context_refiner")},
+}
+SAME = (  # names of modules that are the original ones
+    *("feed_forward.w1", "feed_forward.w2", "feed_forward.w3", "adaLN_modulation.0"),  # of Z-Image
+    *("img_mlp.net.0.proj", "img_mlp.net.2", "img_mod.1"),  # of Qwen-Image
+    *("txt_mlp.net.0.proj", "txt_mlp.net.2", "txt_mod.1"),
+)
 OUTSIDE = {  # of the blocks
     "x_embedder.proj": "pos_embed.proj",
     "context_embedder": "context_embedder",
@@ -54,10 +91,15 @@ OUTSIDE = {  # of the blocks
     "final_layer.adaLN_modulation.1": "norm_out.linear",
     "final_layer.linear": "proj_out",
 }
-UNFLAT = {
-    name.replace(".", "_"): name
-    for name in (*BLOCK, *(part for parts in BLOCK.values() for part in parts), *OUTSIDE, *OUTSIDE.values())
+TABLES = (JOINT, DOUBLE, SINGLE, Z_IMAGE)
+NAMES = {
+    *SAME,
+    *(name for table in TABLES for name in (*table, *(part for parts in table.values() for part in parts))),
+    *(part for parts in FLUX_2.values() for part in parts),
+    *(name for pair in OUTSIDE.items() for name in pair),
 }
+UNFLAT = {name.replace(".", "_"): name for name in NAMES}
+LISTS = "|".join((*BLOCKS, "transformer_blocks", "single_transformer_blocks"))
 
 
 class Found(NamedTuple):
@@ -123,17 +165,27 @@ def _alpha(written: str, value: Tensor) -> float:
 def _modules(written: str, a: Tensor, b: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
     """The modules here that one of a file stands for, each with its factors."""
     name = _dotted(written)
-    block = re.fullmatch(r"joint_blocks\.(\d+)\.(.+)", name)
-    if block is not None and block[2] not in BLOCK:
-        raise ValueError(f"has {written}, which is no module of an SD3 transformer")
     if name.endswith("adaLN_modulation.1") and len(b) == 2 * a[0].numel():  # of an output: (shift, scale) there
         b = torch.cat(b.chunk(2)[::-1])
-    names = [OUTSIDE.get(name, name)]
-    if block is not None:
-        names = [f"transformer_blocks.{block[1]}.{part}" for part in BLOCK[block[2]]]
-    if len(b) % len(names):
+    names = _names(written, name, len(b) / a[0].numel())
+    sizes = [len(b) // len(names)] * len(names)
+    if len(names) == len(SINGLE["linear1"]):  # the last is four times as wide as q, k and v
+        sizes = [len(b) // 7 * share for share in (1, 1, 1, 4)]
+    if len(b) != sum(sizes):
         raise ValueError(f"has {len(b)} outputs in {written}; expected q, k and v of one size")
-    yield from ((module, a.clone(), rows.clone()) for module, rows in zip(names, b.chunk(len(names)), strict=True))
+    yield from ((module, a.clone(), rows.clone()) for module, rows in zip(names, b.split(sizes), strict=True))
+
+
+def _names(written: str, name: str, outputs_per_input: float) -> list[str]:
+    """The names here of a module without prefix, most often one."""
+    block = re.fullmatch(rf"({'|'.join(BLOCKS)})\.(\d+)\.(.+)", name)
+    if block is None:
+        return [OUTSIDE.get(name, name)]
+    place, table = BLOCKS[block[1]]
+    parts = FLUX_2.get((block[3], outputs_per_input)) or table.get(block[3])
+    if parts is None and table is not Z_IMAGE:
+        raise ValueError(f"has {written}, which is no module of a transformer that is known here")
+    return [f"{place}.{block[2]}.{part}" for part in parts or (block[3],)]
 
 
 def _dotted(written: str) -> str:
@@ -143,8 +195,8 @@ def _dotted(written: str) -> str:
             return written.removeprefix(prefix)
     for prefix in FLAT:
         if written.startswith(prefix):
-            flat = re.fullmatch(r"(?:(joint|transformer)_blocks_(\d+)_)?(.+)", written.removeprefix(prefix))
+            flat = re.fullmatch(rf"(?:({LISTS})_(\d+)_)?(.+)", written.removeprefix(prefix))
             if flat is None or flat[3] not in UNFLAT:
-                raise ValueError(f"has {written}, which is no module of an SD3 transformer")
-            return (f"{flat[1]}_blocks.{flat[2]}." if flat[1] else "") + UNFLAT[flat[3]]
+                raise ValueError(f"has {written}, which is no module of a transformer that is known here")
+            return (f"{flat[1]}.{flat[2]}." if flat[1] else "") + UNFLAT[flat[3]]
     return written

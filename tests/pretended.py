@@ -1,0 +1,67 @@
+"""A pretended CUDA device: tensors there have a shape and a device but no numbers; those on the CPU are real."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+CUDA = torch.device("cuda", 0)
+
+
+class Waited(Exception):
+    """The host would have waited for the device."""
+
+
+@contextmanager
+def pretended_cuda() -> Iterator[None]:
+    """Run what uses ``CUDA`` without one; a mixture of devices raises, and so does what would wait for the device.
+
+    A branch on a number that is there raises by itself: nobody knows it. No backward, which needs a real device.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True), _Devices():
+        yield
+
+
+class _Devices(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        if not any(isinstance(t, FakeTensor) for t in tensors) and "cuda" not in str(kwargs.get("device")):
+            with unset_fake_temporarily():
+                return func(*args, **kwargs)
+        _refuse_waiting(func.name(), args, kwargs)
+        return func(*args, **kwargs)
+
+
+def _refuse_waiting(name: str, args: Any, kwargs: Any) -> None:
+    if name == "aten::_to_copy":
+        there = kwargs.get("device")
+        crosses = there is not None and torch.device(there).type != args[0].device.type
+        if crosses and (args[0].device.type == "cuda" or not kwargs.get("non_blocking")):
+            raise Waited(f"{tuple(args[0].shape)} from {args[0].device} to {there}")
+    if name == "aten::copy_" and args[0].device != args[1].device and not (args[2:] and args[2]):
+        raise Waited(f"{tuple(args[1].shape)} from {args[1].device} into {args[0].device}")
+    if name.startswith("aten::index"):
+        indices = [leaf for leaf in tree_leaves(args[1:]) if isinstance(leaf, torch.Tensor)]
+        if args[0].device.type == "cuda" and any(index.device.type == "cpu" and index.dim() for index in indices):
+            raise Waited("an index on the CPU picks from the device")
+
+
+def move(network: nn.Module) -> None:
+    """Pretend that a network is on the device; its weights are forgotten."""
+    for module in network.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(_like(parameter), parameter.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = _like(buffer)
+
+
+def _like(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=CUDA)

@@ -621,7 +621,8 @@ def anchors_in(objective: Objective) -> Iterator[Anchored]:
 def weightings_in(objective: Objective) -> Iterator[Weighting]:
     """Every weighting by which an objective, or what it is made of, tells steps apart."""
     for part in parts_in(objective):
-        yield from (value for value in getattr(part, "__dict__", {}).values() if isinstance(value, Weighting))
+        found = (value for value in getattr(part, "__dict__", {}).values() if isinstance(value, Weighting))
+        yield from (value for value in found if callable(value.weight))  # the weight of a layer is none
 
 
 def parts_in(objective: Objective) -> Iterator[Objective]:

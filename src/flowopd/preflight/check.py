@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -115,9 +116,10 @@ class Subject:
 
     def rounding(self) -> float:
         """What a share may be that rounding alone makes: two steps of the coarsest numbers of a forward."""
-        names = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
+        names, scale = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}, self.policy.sampler.guidance_scale
         used = [names.get(str(self.trainer.precision)), getattr(self.policy.backbone, "dtype", None), torch.float32]
-        return 2 * max(torch.finfo(dtype).eps for dtype in used if dtype is not None)
+        eps = max(torch.finfo(dtype).eps for dtype in used if dtype is not None)
+        return 2 * eps * math.hypot(scale, scale - 1)  # guidance multiplies what its branches are off by
 
     def field(self, velocity: Callable[[Tensor, Tensor, Conditioning], Tensor]) -> Tensor:
         """What a velocity field answers there."""

@@ -37,7 +37,7 @@ from flowopd.rewards.judging import means, refuse_unscored
 from flowopd.rollouts import Draw, Sampler, VelocityField
 from flowopd.rollouts.noise import generator
 from flowopd.rollouts.steps import some_of
-from flowopd.teachers import BaseTeacher
+from flowopd.teachers import BaseTeacher, FullTeacher
 from flowopd.teachers.composed import guidance_said, parts_of
 from flowopd.training.checkpoints import (
     MADE_BY,
@@ -176,8 +176,12 @@ class FlowPolicy(LightningModule):
         """Refuse a trainer that cannot train this model, or these teachers."""
         check_trainer(self.trainer)
         check_halves(self.trainer.precision, getattr(self.backbone, "dtype", None))
-        named = self.signals.teaching.teachers_by_name().items()
-        places = {name: getattr(part, "device", None) for name, teacher in named for part in parts_of([teacher])}
+        parts = [
+            (name, part)
+            for name, teacher in self.signals.teaching.teachers_by_name().items()
+            for part in parts_of([teacher])
+        ]
+        places = [(name, part.device) for name, part in parts if isinstance(part, FullTeacher)]
         check_places(places, self.trainer.num_devices)
 
     def check_grid(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -175,17 +175,17 @@ def check_halves(precision: str, dtype: torch.dtype | None) -> None:
         )
 
 
-def check_places(places: Mapping[str, str | None], ranks: int) -> None:
+def check_places(places: Iterable[tuple[str, str | None]], ranks: int) -> None:
     """Raise for a teacher on a card of its own that every rank of a machine would fill.
 
     Args:
-        places: the device that each teacher asks for, by its name.
+        places: teachers by name, and the device that each asks for.
         ranks: on a machine.
 
     Raises:
         ValueError: naming teacher and card.
     """
-    for name, place in places.items():
+    for name, place in places:
         if ranks > 1 and place is not None and torch.device(place).type != "cpu" and ":" in place:
             raise ValueError(
                 f"teacher {name!r} lives on {place}, where all {ranks} ranks of a machine would put it; leave its "

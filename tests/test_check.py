@@ -142,7 +142,10 @@ def test_a_training_forward_unlike_the_rollouts_is_named(found, monkeypatch):
     monkeypatch.setattr(OPDStudent, "velocity", noisy)
     verdicts = found()
     assert verdicts["ratio is 1 at the first update"].state == "FAIL"
-    assert "look for dropout, a precision plugin or torch.compile" in verdicts["ratio is 1 at the first update"].saw
+    assert (
+        "look for dropout, a precision plugin, torch.compile or an attention kernel"
+        in verdicts["ratio is 1 at the first update"].saw
+    )
     assert verdicts["K = 0 for a teacher equal to the student"].state == "FAIL"
 
 

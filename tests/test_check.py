@@ -16,7 +16,6 @@ from flowopd.core import ClippedSurrogate, LinearSchedule, ShiftedSchedule, Tran
 from flowopd.models import SD3Backbone
 from flowopd.preflight import SelfCheck
 from flowopd.preflight import check as checks
-from flowopd.rewards.judging import Judging
 from flowopd.rollouts import Sampler
 from flowopd.teachers import BaseTeacher, FullTeacher, LoRATeacher
 from flowopd.training import (
@@ -352,28 +351,19 @@ def test_a_plan_is_shown_before_anything_is_measured_and_outlives_a_full_device(
 
 
 @pytest.mark.parametrize(
-    ("place", "named"),
+    ("kind", "place", "named"),
     [
-        ("training_step", "while sampling or training; lower data.batch_size, which is 24, or set model.backbone.act"),
-        ("columns", "while held-out pictures were drawn; lower data.evaluation_batch_size, which is 64; flowopd plan"),
+        (FlowPolicy, "training_step", "while sampling or training; lower data.batch_size, which is 24, or set model."),
+        (SD3Backbone, "decode", "while held-out pictures were drawn; lower data.evaluation_batch_size, which is 64;"),
     ],
 )
-def test_a_full_device_is_a_sentence_that_names_the_number_to_lower(config, flowopd, capsys, monkeypatch, place, named):
-    if place == "columns":  # within it
-        monkeypatch.setattr(Judging, "columns", full_device)
-        monkeypatch.setattr(FlowPolicy, "draw", lambda *_: None)
-    else:
-        monkeypatch.setattr(FlowPolicy, place, full_device)
-    words = [
-        "--trainer.accelerator",
-        "cpu",
-        "--trainer.max_epochs",
-        "1",
-        "--data.init_args.evaluation_batch_size",
-        "64",
-    ]
+def test_a_full_device_is_a_sentence_that_names_the_number_to_lower(
+    config, flowopd, capsys, monkeypatch, kind, place, named
+):
+    monkeypatch.setattr(kind, place, full_device)
+    words = [f"--data.init_args.{name}" for name in ("evaluation_batch_size=64", "evaluation_count=2")]
     with pytest.raises(SystemExit) as stopped:
-        flowopd("fit", "--config", config, *words)
+        flowopd("fit", "--config", config, "--trainer.accelerator=cpu", "--trainer.max_epochs=1", *words)
     assert stopped.value.code == 2
     said = capsys.readouterr().err
     assert f"flowopd: error: the device ran out of memory (tried to allocate 20.00 gib) {named}" in said

@@ -366,7 +366,7 @@ def test_a_full_device_is_a_sentence_that_names_the_number_to_lower(
         flowopd("fit", "--config", config, "--trainer.accelerator=cpu", "--trainer.max_epochs=1", *words)
     assert stopped.value.code == 2
     said = capsys.readouterr().err
-    assert f"flowopd: error: the device ran out of memory (tried to allocate 20.00 gib) {named}" in said
+    assert f"flowopd: error: the device ran out of memory (tried to allocate 20.00 GiB) {named}" in said
 
 
 def test_updates_per_iteration_set_the_accumulation(config, flowopd, capsys):

@@ -21,7 +21,7 @@ SEE = "flowopd plan says what takes how much"
 def out_of_memory(error: torch.OutOfMemoryError, policy: FlowPolicy, data: RolloutDataModule) -> str:
     """What was done when the device was full, and which number to lower."""
     asked = re.search(r"[Tt]ried to allocate [\d.]+ \w+", str(error))
-    full = "the device ran out of memory" + (f" ({asked[0].lower()})" if asked else "")
+    full = "the device ran out of memory" + (f" ({asked[0].replace('T', 't', 1)})" if asked else "")
     frames = {frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)}
     if frames & DRAWING:
         return f"{full} while held-out pictures were drawn; {_lower('data.evaluation_batch_size', data)}; {SEE}"

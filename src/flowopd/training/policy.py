@@ -175,7 +175,7 @@ class FlowPolicy(LightningModule):
     def _check_trainer(self) -> None:
         """Refuse a trainer that cannot train this model, or these teachers."""
         check_trainer(self.trainer)
-        check_halves(self.trainer.precision, getattr(self.backbone, "dtype", None))
+        check_halves(str(self.trainer.precision), getattr(self.backbone, "dtype", None))
         parts = [
             (name, part)
             for name, teacher in self.signals.teaching.teachers_by_name().items()

@@ -10,6 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from flowopd.core import tensors
+
 CUDA = torch.device("cuda", 0)
 
 
@@ -23,15 +25,17 @@ def pretended_cuda() -> Iterator[None]:
 
     A branch on a number that is there raises by itself: nobody knows it. No backward, which needs a real device.
     """
+    tensors._index.cache_clear()  # what is pretended here is nothing elsewhere
     with FakeTensorMode(allow_non_fake_inputs=True), _Devices():
         yield
+    tensors._index.cache_clear()
 
 
 class _Devices(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        if not any(isinstance(t, FakeTensor) for t in tensors) and "cuda" not in str(kwargs.get("device")):
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        if not any(isinstance(tensor, FakeTensor) for tensor in given) and "cuda" not in str(kwargs.get("device")):
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
         _refuse_waiting(func.name(), args, kwargs)
@@ -53,7 +57,7 @@ def _refuse_waiting(name: str, args: Any, kwargs: Any) -> None:
 
 
 def move(network: nn.Module) -> None:
-    """Pretend that a network is on the device; its weights are forgotten."""
+    """Pretend that a network is on the device, and the tables that its first forward sends; weights are forgotten."""
     for module in network.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
@@ -61,6 +65,11 @@ def move(network: nn.Module) -> None:
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = _like(buffer)
+        for name, table in list(vars(module).items()):
+            if isinstance(table, torch.Tensor):
+                setattr(module, name, _like(table))
+            elif isinstance(table, list) and table and all(isinstance(part, torch.Tensor) for part in table):
+                setattr(module, name, [_like(part) for part in table])
 
 
 def _like(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """A pretended CUDA device: tensors there have a shape and a device but no numbers; those on the CPU are real."""
 
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -32,14 +33,32 @@ def pretended_cuda() -> Iterator[None]:
 
 
 class _Devices(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self._tables: set[int] = set()
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         if not any(isinstance(tensor, FakeTensor) for tensor in given) and "cuda" not in str(kwargs.get("device")):
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
-        _refuse_waiting(func.name(), args, kwargs)
+        if not self._is_new_table(func.name(), args):
+            _refuse_waiting(func.name(), args, kwargs)
         return func(*args, **kwargs)
+
+    def _is_new_table(self, name: str, args: Any) -> bool:
+        """Whether diffusers sends a table that it keeps, for the first time."""
+        if name != "aten::_to_copy" or args[0].device.type != "cpu" or not _asked_by_diffusers():
+            return False
+        known = args[0].data_ptr() in self._tables
+        self._tables.add(args[0].data_ptr())
+        return not known
+
+
+def _asked_by_diffusers() -> bool:
+    files = (frame.f_code.co_filename for frame, _ in traceback.walk_stack(None))
+    return "/diffusers/" in next(file for file in files if "/torch/" not in file and file != __file__)
 
 
 def _refuse_waiting(name: str, args: Any, kwargs: Any) -> None:
@@ -57,7 +76,7 @@ def _refuse_waiting(name: str, args: Any, kwargs: Any) -> None:
 
 
 def move(network: nn.Module) -> None:
-    """Pretend that a network is on the device, and the tables that its first forward sends; weights are forgotten."""
+    """Pretend that a network is on the device; its weights are forgotten."""
     for module in network.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
@@ -65,11 +84,6 @@ def move(network: nn.Module) -> None:
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = _like(buffer)
-        for name, table in list(vars(module).items()):
-            if isinstance(table, torch.Tensor):
-                setattr(module, name, _like(table))
-            elif isinstance(table, list) and table and all(isinstance(part, torch.Tensor) for part in table):
-                setattr(module, name, [_like(part) for part in table])
 
 
 def _like(tensor: torch.Tensor) -> torch.Tensor:

@@ -87,15 +87,6 @@ def count_evaluation(
     return found | {f"{name}, once": float(rows) for name, rows in counts.items() if name != DECODED}
 
 
-def _counted(policy: FlowPolicy, counts: Counter[str]) -> FlowPolicy:
-    """The same policy on the same grid, on a backbone that only counts."""
-    twin = copy.copy(policy)
-    if isinstance(policy.backbone, DiffusersBackbone):
-        twin.sampler = policy.sampler.on(Shapes(policy.backbone))
-    twin.backbone = _CountingBackbone(counts)
-    return twin
-
-
 def pictures_per_update(policy: FlowPolicy, data: RolloutDataModule, ranks: int = 1, accumulate: int = 1) -> float:
     """Trajectories that every rank draws per optimiser step."""
     rows = data.prompts_per_iteration * data.group_size

@@ -175,7 +175,7 @@ class _Alive(TorchDispatchMode):
     """The most bytes that were alive at once, of what was made on the way."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.most = 0
         self._held: dict[int, tuple[StorageWeakRef, int]] = {}
 

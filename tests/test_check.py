@@ -8,7 +8,9 @@ import pytest
 import tiny
 import torch
 import yaml
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from flowopd.cli import run as command_line
 from flowopd.cli.main import main
 from flowopd.core import ClippedSurrogate, LinearSchedule, ShiftedSchedule, TransitionKL
 from flowopd.models import SD3Backbone
@@ -18,6 +20,7 @@ from flowopd.rollouts import Sampler
 from flowopd.teachers import BaseTeacher, FullTeacher, LoRATeacher
 from flowopd.training import (
     AnchorCallback,
+    FlowPolicy,
     GRPOTeacher,
     OPDStudent,
     RewardCallback,
@@ -138,8 +141,58 @@ def test_a_training_forward_unlike_the_rollouts_is_named(found, monkeypatch):
     monkeypatch.setattr(OPDStudent, "velocity", noisy)
     verdicts = found()
     assert verdicts["ratio is 1 at the first update"].state == "FAIL"
-    assert "look for dropout, a precision plugin or torch.compile" in verdicts["ratio is 1 at the first update"].saw
+    assert (
+        "look for dropout, a precision plugin, torch.compile or an attention kernel"
+        in verdicts["ratio is 1 at the first update"].saw
+    )
     assert verdicts["K = 0 for a teacher equal to the student"].state == "FAIL"
+
+
+@pytest.mark.parametrize(
+    ("precision", "factor", "state"),
+    [("32-true", 1.004, "FAIL"), ("bf16-mixed", 1.004, "warn"), ("bf16-mixed", 1.1, "FAIL"), ("bf16-mixed", 1, "ok")],
+)
+def test_a_difference_of_rounding_is_a_warning_that_names_kernels(
+    tiny_pipeline, tmp_path, teacher, monkeypatch, precision, factor, state
+):
+    own = OPDStudent.velocity
+    rounded = lambda self, *at: own(self, *at) * (factor if torch.is_grad_enabled() else 1)  # noqa: E731
+    monkeypatch.setattr(OPDStudent, "velocity", rounded)
+    trainer = tiny.trainer(tmp_path, [teacher], precision=precision)
+    policy = tiny.policy(OPDStudent, tiny_pipeline, TransitionKL())
+    verdicts = {verdict.name: verdict for verdict in checks.check(policy, tiny.data(), trainer)}
+    for name in ("ratio is 1 at the first update", "K = 0 for a teacher equal to the student"):
+        assert verdicts[name].state == state
+        assert "attention" in verdicts[name].saw or state == "ok"
+
+
+def test_another_attention_kernel_with_gradient_than_without_is_a_warning(
+    tiny_pipeline, tmp_path, teacher, monkeypatch
+):
+    own = torch.nn.functional.scaled_dot_product_attention
+
+    def split(*args, **kwargs):
+        with sdpa_kernel(SDPBackend.MATH if torch.is_grad_enabled() else SDPBackend.FLASH_ATTENTION):
+            return own(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", split)
+    trainer = tiny.trainer(tmp_path, [teacher], precision="bf16-mixed")
+    policy = tiny.policy(OPDStudent, tiny_pipeline, TransitionKL(), start=teacher.role.teacher.source)
+    verdicts = {verdict.name: verdict for verdict in checks.check(policy, tiny.data(), trainer)}
+    assert verdicts["ratio is 1 at the first update"].state in ("ok", "warn")
+    assert verdicts["K = 0 for a teacher equal to the student"].state == "warn"
+
+
+def test_a_full_device_is_no_fault_of_a_check(found, monkeypatch):
+    monkeypatch.setattr(OPDStudent, "velocity", full_device)
+    with pytest.raises(torch.OutOfMemoryError):
+        found()
+
+
+def full_device(*_, **__):
+    raise torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79 GiB"
+    )
 
 
 @pytest.mark.parametrize(
@@ -278,6 +331,42 @@ def test_plan_needs_none_of_the_devices_and_writes_nothing(config, flowopd, caps
     assert "each of 8 ranks" in shown
     assert "frozen transformer" in shown
     assert not Path("runs").exists()
+
+
+def test_a_plan_is_shown_before_anything_is_measured_and_outlives_a_full_device(config, flowopd, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    shown = []
+
+    def measured(*_):
+        shown.append(capsys.readouterr().out)
+        full_device()
+
+    monkeypatch.setattr(command_line, "measured", measured)
+    flowopd("plan", "--config", config)
+    assert "peak (estimate)" in shown[0]
+    assert "work of every optimiser step" in shown[0]
+    assert "measured here: not even the transformer and one micro-batch fit" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("kind", "place", "named"),
+    [
+        (FlowPolicy, "training_step", "while sampling or training; lower data.batch_size, which is 24, or set model."),
+        (SD3Backbone, "decode", "while held-out pictures were drawn; lower data.evaluation_batch_size, which is 64;"),
+    ],
+)
+def test_a_full_device_is_a_sentence_that_names_the_number_to_lower(
+    config, flowopd, capsys, monkeypatch, kind, place, named
+):
+    monkeypatch.setattr(kind, place, full_device)
+    words = [f"--data.init_args.{name}" for name in ("evaluation_batch_size=64", "evaluation_count=2")]
+    with pytest.raises(SystemExit) as stopped:
+        flowopd("fit", "--config", config, "--trainer.accelerator=cpu", "--trainer.max_epochs=1", *words)
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert f"flowopd: error: the device ran out of memory (tried to allocate 20.00 GiB) {named}" in said
 
 
 def test_updates_per_iteration_set_the_accumulation(config, flowopd, capsys):

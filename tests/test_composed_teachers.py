@@ -286,6 +286,17 @@ def test_a_fingerprint_knows_its_own_adapter_and_no_other_s(tiny_pipeline, large
     assert len({teacher.fingerprint() for teacher in (plain, first, second)}) == 3
 
 
+def test_a_fingerprint_is_the_same_in_whatever_order_a_device_adds(tiny_pipeline, large):
+    plain = FullTeacher(tiny.backbone(large[0]))
+    plain.attach(tiny.loaded(tiny_pipeline))
+    before, parameter = plain.fingerprint(), next(p for p in plain.backbone.network.parameters() if p.dim() == 2)
+    with torch.no_grad():
+        parameter.copy_(parameter.flip(0))
+        assert plain.fingerprint() == before
+        parameter[0, 0] = torch.nextafter(parameter[0, 0], torch.tensor(torch.inf))
+    assert plain.fingerprint() != before
+
+
 # ----------------------------------------------------------------------------------------------------------- in a run
 
 

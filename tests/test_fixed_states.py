@@ -97,6 +97,18 @@ def test_a_teacher_is_no_distance_from_itself(tiny_pipeline, tmp_path, experts):
         assert min(found.values()) > 0
 
 
+def test_what_is_measured_outside_of_a_step_has_the_precision_of_training(tiny_pipeline, tmp_path, experts):
+    policy, callback = tiny.policy(OPDStudent, tiny_pipeline, start=experts["red"], lr=0.0), FixedStateKL(2)
+    trainer = tiny.trainer(tmp_path, callbacks(experts, callback), precision="bf16-mixed", limit_val_batches=1.0)
+    trainer.fit(policy, tiny.data(*TASKS))
+    asked = []
+    network = policy.backbone.network
+    network.register_forward_hook(lambda *_: asked.append(torch.is_autocast_enabled("cpu")))
+    callback._visited = None
+    callback.measure(policy, policy.velocity)
+    assert set(asked) == {True}
+
+
 def test_a_composed_teacher_walks_its_own_way(tiny_pipeline, tmp_path, experts):
     beyond = TeacherCallback(list(TASKS), Beyond(LoRATeacher(experts["red"]), BaseTeacher(), 1.0), name="beyond")
     policy = tiny.policy(OPDStudent, tiny_pipeline, start=experts["red"], lr=0.0)

@@ -351,3 +351,13 @@ def test_adapters_stay_float32_on_a_bfloat16_backbone(tiny_pipeline, state, tmp_
     ):
         assert velocity.dtype == torch.float32
     assert ours.decode(x).dtype == torch.float32
+
+
+def test_pictures_are_the_same_decoded_a_few_at_a_time(base, monkeypatch):
+    latents, sizes = torch.randn(5, *base.latent_shape()), []
+    whole, own = base.decode(latents), type(base).pixels
+    monkeypatch.setattr(type(base), "pixels", lambda self, *at: sizes.append(len(at[1])) or own(self, *at))
+    monkeypatch.setattr("flowopd.models.pipeline.DECODED_PIXELS", 2 * 16 * 16)
+    torch.testing.assert_close(base.decode(latents), whole, rtol=0, atol=1e-6)
+    assert sizes == [2, 2, 1]
+    assert base.decode(latents[:0]).shape == (0, 3, 16, 16)

@@ -16,7 +16,7 @@ from flowopd.preflight.costs import flop_counter
 from flowopd.preflight.forwards import DECODED, SAMPLED, TRAINED, count_evaluation, count_forwards, pictures_per_update
 from flowopd.preflight.plan import Hardware, device_count, measured, optimizer_bytes, plan
 from flowopd.preflight.shapes import KNOWN, Shapes, nbytes, parameter_count
-from flowopd.preflight.tables import seconds, show_plan
+from flowopd.preflight.tables import seconds, show_plan, show_speed
 from flowopd.rollouts import Sampler, SpreadSteps
 from flowopd.teachers import BaseTeacher, LoRATeacher
 from flowopd.training import (
@@ -261,6 +261,42 @@ def test_the_optimiser_is_measured_not_guessed(tiny_pipeline):
     assert 2 * adapter <= sizes["adam"] <= 2 * adapter + 1000
 
 
+def test_a_picture_of_512_pixels_takes_a_fifth_to_a_half_gigabyte_to_decode():
+    one, two = (costs.decode_bytes(Shapes(medium()), rows) for rows in (1, 2))
+    assert 0.2e9 < one < 0.5e9
+    assert two == pytest.approx(2 * one, rel=0.05)
+
+
+def test_pictures_are_decoded_a_few_at_a_time_and_counted():
+    policy, data, callbacks = released_sizes()
+    data.evaluation_batch_size = 8
+    made = plan(policy, data, callbacks, Hardware())
+    data.evaluation_batch_size = 128
+    more = plan(policy, data, callbacks, Hardware())
+    grown = [made.transient["pictures, and decoding them"] for made in (made, more)]
+    assert grown[1] - grown[0] == 120 * 3 * 512 * 512 * 4  # the pictures themselves
+    assert grown[0] < 4e9
+    data.evaluation_count = 0
+    assert plan(policy, data, callbacks, Hardware()).transient["pictures, and decoding them"] == 0
+
+
+def test_a_plan_counts_the_velocities_that_are_kept_and_no_others(tiny_pipeline):
+    sizes = []
+    for objective in (TransitionKL(), StateRewardSurrogate()):
+        policy = tiny.policy(OPDStudent, tiny_pipeline, objective)
+        sizes.append(plan(policy, tiny.data(), [teacher("red")], Hardware()).training["trajectories"])
+    assert [size / (4 * 8 * 4 * 8 * 8) for size in sizes] == [5, 13]  # four steps: states; velocities and targets
+
+
+def test_a_plan_says_that_large_encoders_are_read_again_and_how_not_to():
+    policy, data, callbacks = released_sizes()
+    read_again = [any("read anew" in note for note in plan(policy, data, callbacks, Hardware()).notes)]
+    for options in ({"text_cache": "here"}, {"keep_encoders": True}, {}):
+        policy.backbone = medium(**options)
+        read_again.append(any("read anew" in note for note in plan(policy, data, callbacks, Hardware()).notes))
+    assert read_again == [True, False, False, True]
+
+
 def test_sharding_divides_weights_over_the_ranks(tiny_pipeline):
     policy, callbacks = tiny.policy(OPDStudent, tiny_pipeline), [teacher("red")]
     whole = plan(policy, tiny.data(), callbacks, Hardware(ranks=2))
@@ -300,7 +336,8 @@ def test_a_folder_is_believed_before_what_is_known(tiny_pipeline):
 
 def test_a_plan_is_shown_with_every_part(planned, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
-    show_plan(planned, Hardware(), costs.Speed(0.01, 0.03))
+    show_plan(planned, Hardware())
+    show_speed(planned, lambda: costs.Speed(0.01, 0.03))
     shown = capsys.readouterr().out
     for name in [*planned.resident, *planned.training, *planned.transient, *planned.forwards]:
         assert name in shown

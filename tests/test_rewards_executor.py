@@ -1,14 +1,17 @@
 """The laws of scoring in the background: it overlaps, and nothing else about a run changes."""
 
+import gc
 import json
 import threading
 import time
+import weakref
 
 import pytest
 import tiny
 import torch
 from ranks import run_ranks
 
+from flowopd.models import SD3Backbone
 from flowopd.records import Prompt
 from flowopd.rewards import Scores
 from flowopd.rewards.executor import Executor
@@ -296,3 +299,20 @@ def test_what_is_not_one_score_per_image_is_refused(kind):
 
     with pytest.raises(ValueError, match=said):
         Scorer("a", Odd()).score(torch.rand(4, 3, 8, 8), PROMPTS * 2)
+
+
+def test_no_more_pictures_are_kept_than_one_rollout_has(tiny_pipeline, tmp_path, monkeypatch):
+    decoded, alive = [], []
+    own = SD3Backbone.decode
+
+    def decode(self, latents):
+        gc.collect()
+        alive.append(sum(picture() is not None for picture in decoded))
+        images = own(self, latents)
+        decoded.append(weakref.ref(images))
+        return images
+
+    monkeypatch.setattr(SD3Backbone, "decode", decode)
+    fit(tmp_path, tiny_pipeline, RewardCallback("a", tiny.Brightness(0)), RewardCallback("b", tiny.Brightness(1)))
+    assert len(decoded) == 8
+    assert max(alive) == 0

@@ -6,6 +6,7 @@ import torch
 
 from flowopd.core import CPS, ODE, FlowSDE, Labels, LinearSchedule
 from flowopd.core.objectives import importance_ratio
+from flowopd.core.tensors import picks
 from flowopd.records import Conditioning, Prompt
 from flowopd.rollouts import RowNoise, Sampler
 from flowopd.training import FlowPolicy
@@ -91,6 +92,23 @@ def test_log_probs_are_those_of_scoring_the_states_again(dynamics):
         step = sampler.transition(batch, swirl(batch.x, batch.sigma, COND))
         assert torch.equal(step.log_prob(drawn.latents[:, j + 1]), drawn.log_probs[:, j])
         assert torch.equal(step.velocity, drawn.velocities[:, j])
+
+
+def test_a_grid_that_an_evaluation_asked_for_first_serves_training_too():
+    sampler, x = Sampler(5), noise().start().requires_grad_()
+    with torch.inference_mode():
+        sampler.batch_at(x, 1, COND, ["red"] * 4)
+    batch = sampler.batch_at(x, 1, COND, ["red"] * 4)
+    sampler.transition(batch, x).log_prob(x.detach()).sum().backward()
+    assert x.grad.isfinite().all()
+
+
+def test_rows_are_picked_alike_by_slice_and_by_index():
+    numbers = torch.arange(12).reshape(6, 2)
+    for rows in ([2, 3, 4], [0], [4, 1, 1], [5, 4], []):
+        assert torch.equal(numbers[picks(rows, numbers.device)], numbers[rows])
+    assert isinstance(picks([2, 3, 4], numbers.device), slice)
+    assert picks([4, 1], numbers.device) is picks([4, 1], numbers.device)
 
 
 def test_an_ode_rollout_is_what_evaluation_draws():

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import tiny
 import torch
-from lightning import LightningModule, Trainer
+from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from ranks import run_ranks, slurm_node, torchrun_node
@@ -18,10 +18,10 @@ from flowopd.models import LoRASpec
 from flowopd.models.adapters.files import read_adapter
 from flowopd.models.adapters.lora import ATTENTION, adapter_names, adapter_parameters
 from flowopd.preflight.check import SelfCheck
-from flowopd.teachers import LoRATeacher
+from flowopd.teachers import FullTeacher, LoRATeacher
 from flowopd.training import EMA, AdapterExport, OPDStudent, RewardCallback, TeacherCallback
 from flowopd.training.ranks.lifecycle import plugins
-from flowopd.training.ranks.strategies import check_name
+from flowopd.training.ranks.strategies import check_halves, check_name, check_places, check_trainer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The dirpath has changed"),  # of checkpoints: a resumed run gets its own folder
@@ -267,6 +267,66 @@ def test_a_precision_that_would_round_the_adapter_is_refused(tiny_pipeline, expe
     trainer = tiny.trainer(tmp_path, teachers(experts), precision="bf16-true")
     with pytest.raises(ValueError, match=r"precision 'bf16-true' would round the adapter .*; use bf16-mixed"):
         trainer.fit(tiny.policy(OPDStudent, tiny_pipeline), tiny.data(*TASKS))
+
+
+def test_a_precision_that_would_cast_every_frozen_weight_in_every_forward_is_refused(tiny_pipeline, experts, tmp_path):
+    policy = OPDStudent(tiny.backbone(tiny_pipeline, dtype="float16"))
+    trainer = tiny.trainer(tmp_path, teachers(experts), precision="bf16-mixed")
+    with pytest.raises(
+        ValueError, match=r"^precision 'bf16-mixed' would cast .* from float16 .*trainer.precision 16-m"
+    ):
+        trainer.fit(policy, tiny.data(*TASKS))
+    with pytest.raises(ValueError, match=r"^precision '16-mixed' would cast .* from bfloat16 in every forward; "):
+        check_halves("16-mixed", torch.bfloat16)  # which lightning has on a GPU alone
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("16-mixed", "float16"), ("bf16-mixed", "bfloat16"), ("32-true", "bfloat16")]
+)
+def test_precisions_that_fit_the_frozen_weights_pass(precision, dtype):
+    check_halves(precision, getattr(torch, dtype))
+    check_halves(precision, torch.float32)
+    check_halves(precision, None)
+
+
+def test_a_loss_scale_over_shards_is_refused(tiny_pipeline, experts, tmp_path):
+    def refuse():
+        trainer = tiny.trainer(tmp_path, teachers(experts), precision="bf16-mixed", **FSDP2)
+        trainer.strategy.precision_plugin.precision = "16-mixed"  # whose own plugin needs a GPU
+        with pytest.raises(ValueError, match=r"^precision '16-mixed' does not work under strategy 'fsdp2'"):
+            check_trainer(trainer)
+
+    run_ranks(refuse)
+
+
+def test_a_teacher_on_one_card_is_refused_to_several_ranks():
+    check_places([("large", "cuda:1")], ranks=1)
+    check_places([("large", "cpu"), ("small", None), ("other", "cuda")], ranks=2)
+    with pytest.raises(
+        ValueError, match=r"^teacher 'large' lives on cuda:1, where all 2 ranks of a machine would put it"
+    ):
+        check_places([("large", "cuda:1")], ranks=2)
+
+
+def test_a_run_of_several_ranks_looks_where_its_teachers_live(tiny_pipeline, tmp_path):
+    full = TeacherCallback(["red", "green"], FullTeacher(tiny.backbone(tiny_pipeline), device="cuda:1"), name="large")
+
+    def refuse():
+        trainer = tiny.trainer(tmp_path, [full], **DDP)
+        with pytest.raises(ValueError, match=r"^teacher 'large' lives on cuda:1"):
+            trainer.fit(tiny.policy(OPDStudent, tiny_pipeline), tiny.data(*TASKS))
+
+    run_ranks(refuse)
+
+
+def test_no_update_sends_frozen_buffers(fit, tmp_path):
+    class Look(Callback):
+        def on_train_end(self, trainer, pl_module):
+            assert any(buffer.numel() for buffer in pl_module.buffers())
+            assert not trainer.strategy.model.will_sync_module_buffers()
+
+    alone = {"strategy": "ddp", "devices": 1}
+    run_ranks(lambda: fit(tmp_path, alone, max_epochs=1, first=[Look()], limit_val_batches=0), count=1)
 
 
 class Unsharded(LightningModule):

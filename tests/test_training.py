@@ -254,6 +254,26 @@ def test_distillation_decodes_no_image_and_asks_no_reward(opd, run, expert, obje
     run(policy, tiny.data(), [teach(expert), RewardCallback("never", Never())])
 
 
+@pytest.mark.parametrize(("objective", "kept"), [(TransitionKL(), False), (StateRewardSurrogate(), True)])
+def test_velocities_of_a_rollout_are_kept_for_who_reads_them(opd, run, expert, objective, kept, monkeypatch):
+    policy, rollouts = opd(objective), []
+    cut = policy.cut
+    monkeypatch.setattr(policy, "cut", lambda rollout, draw: rollouts.append(rollout) or cut(rollout, draw))
+    run(policy, tiny.data(), [teach(expert)])
+    assert {rollout.velocities is not None for rollout in rollouts} == {kept}
+
+
+@pytest.mark.parametrize("objective", [TransitionKL(), ReturnToGo(), Anchored(TransitionKL(Uniform()))])
+def test_a_step_that_an_objective_cannot_weigh_is_refused_before_anything_is_sampled(
+    opd, run, expert, objective, monkeypatch
+):
+    policy = opd(objective, sampler=Sampler(4, window=(0, 1), trained=(0, 3)))
+    anchors = [AnchorCallback(BaseTeacher())] if isinstance(objective, Anchored) else []
+    monkeypatch.setattr(policy, "rollout", Never().score)
+    with pytest.raises(ValueError, match="the KL of a deterministic step is infinite; add noise to every trained step"):
+        run(policy, tiny.data(), [teach(expert), *anchors])
+
+
 def test_labels_of_a_trajectory_are_its_kls_to_the_teacher_and_their_later_sums(opd, run, expert, other_expert):
     policy, batches, teacher = opd(ReturnToGo(), start=other_expert, lr=0.0), Batches(), teach(expert)
     run(policy, tiny.data(batch_size=8), [teacher, batches])
@@ -302,6 +322,7 @@ def test_sft_learns_the_straight_path_to_what_the_teachers_drew(tiny_pipeline, r
     teachers = {"red": teach(expert, "red", guidance_scale=3.0), "green": teach(other_expert, "green")}
     cut, rollouts = policy.cut, []
     monkeypatch.setattr(policy, "cut", lambda rollout, draw: rollouts.append(rollout) or cut(rollout, draw))
+    monkeypatch.setattr(policy, "keeps_velocities", lambda: True)
     run(policy, tiny.data("red", "green"), [*teachers.values(), batches])
     assert [len(batches.seen), len(rollouts)] == [4, 2]
     for number, batch in enumerate(batches.seen):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from flowopd.core.dynamics import Transition
 from flowopd.core.objectives import Labels
+from flowopd.core.tensors import picks, sent
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Conditioning:
     Args:
         tokens: (B, L, D) text tokens for joint attention.
         pooled: (B, P) pooled text embedding, if the model reads one.
-        mask: (B, L) bool, which tokens are text; those behind it are padding. ``None``: all of them are read.
+        mask: (B, L) bool on the CPU, which tokens are text; those behind it are padding. ``None``: all are read.
     """
 
     tokens: Tensor
@@ -51,12 +52,17 @@ class Conditioning:
         return len(self.tokens)
 
     def __getitem__(self, rows: Tensor | slice | Sequence[int]) -> Conditioning:
-        return self._each(lambda part: part[rows])
+        if isinstance(rows, Tensor | slice):
+            return self._each(lambda part: part[rows])
+        return self._each(lambda part: part[picks(rows, part.device)])
 
     def to(self, *args: Any, **kwargs: Any) -> Conditioning:
-        """Move or cast, as ``Tensor.to``; a mask is moved only."""
-        cast = self._each(lambda part: part.to(*args, **kwargs))
-        return cast if cast.mask is None else replace(cast, mask=cast.mask.bool())
+        """Move or cast, as ``Tensor.to``; a mask stays, for lengths must be known without waiting for a device."""
+        return replace(self._each(lambda part: part.to(*args, **kwargs)), mask=self.mask)
+
+    def sent(self, device: torch.device) -> Conditioning:
+        """The same on a device, which is not waited for; a mask stays."""
+        return replace(self._each(lambda part: sent(part, device)), mask=self.mask)
 
     def expand(self, rows: int) -> Conditioning:
         """Repeat a single row, (1, ...) → (rows, ...), without copying."""
@@ -83,7 +89,7 @@ class Conditioning:
     def ragged(rows: Sequence[Tensor]) -> Conditioning:
         """One row of each of B texts (L, D) of lengths of their own."""
         texts = [row[None] for row in rows]
-        return Conditioning.cat([Conditioning(text, mask=text.new_ones(text.shape[:2]).bool()) for text in texts])
+        return Conditioning.cat([Conditioning(text, mask=torch.ones(text.shape[:2]).bool()) for text in texts])
 
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
@@ -118,9 +124,9 @@ class Rollout:
         cond: their encodings, B rows.
         sigmas: (T + 1,) noise levels, 1 → 0.
         latents: (B, T + 1, C, H, W) states, float32, noise first.
-        velocities: (B, T, C, H, W) guided velocity at every visited state.
+        velocities: (B, T, C, H, W) guided velocity at every visited state, where somebody wants to read them.
         log_probs: (B, T) nats per latent dimension; 0 where the step is deterministic.
-        noisy: (T,) bool, whether noise was injected at the step.
+        noisy: (T,) bool on the CPU, whether noise was injected at the step.
         labels: what the callbacks found out, each (B, T, ...).
         metrics: scalars to log with the first step of the rollout.
     """
@@ -129,7 +135,7 @@ class Rollout:
     cond: Conditioning
     sigmas: Tensor
     latents: Tensor
-    velocities: Tensor
+    velocities: Tensor | None
     log_probs: Tensor
     noisy: Tensor
     labels: Labels = field(default_factory=Labels)
@@ -158,6 +164,7 @@ class StepBatch:
         metrics: scalars to log with this batch.
         counts: what the loss of this step counts among those of its rollout, 1 on average.
         step: its number in the rollout; None of states that are none of a rollout.
+        level: σ of all rows, known without asking a device; None of states that have their own.
         advance: on the fused road, called with the student's detached transition; it moves the trajectory on.
     """
 
@@ -171,6 +178,7 @@ class StepBatch:
     metrics: Mapping[str, float] = field(default_factory=dict)
     counts: float = 1.0
     step: int | None = None
+    level: float | None = None
     advance: Callable[[Transition], None] | None = None
 
     def label(self, **facts: Tensor) -> StepBatch:

@@ -8,7 +8,8 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,9 +39,10 @@ from flowopd.cli.sentences import meant, sentence_of
 from flowopd.preflight.check import SelfCheck
 from flowopd.preflight.check import check as check_run
 from flowopd.preflight.forwards import idle_trainer
+from flowopd.preflight.memory import out_of_memory
 from flowopd.preflight.plan import Hardware, measured
 from flowopd.preflight.plan import plan as make_plan
-from flowopd.preflight.tables import show_plan
+from flowopd.preflight.tables import show_plan, show_speed
 from flowopd.report import write as write_report
 from flowopd.tiles import asset
 from flowopd.training import AdapterExport, FlowPolicy, PictureFolder, Progress, RolloutDataModule
@@ -161,12 +163,22 @@ class FlowCLI(LightningCLI):
 
     @override
     def _run_subcommand(self, subcommand: str) -> None:
-        super()._run_subcommand(subcommand)
+        with self._telling_what_is_too_large():
+            super()._run_subcommand(subcommand)
         if subcommand in ("fit", "test") and self.trainer.is_global_zero:
             _report(Path(self.trainer.default_root_dir))
         unscored = dict.fromkeys(name for names in getattr(self.model, "unscored", {}).values() for name in names)
         if unscored:  # the table is written by now
             raise BadInput(f"every score of {', '.join(map(repr, unscored))} failed; what is written has NaN there")
+
+    @contextmanager
+    def _telling_what_is_too_large(self) -> Iterator[None]:
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            if not (isinstance(self.model, FlowPolicy) and isinstance(self.datamodule, RolloutDataModule)):
+                raise
+            raise BadInput(out_of_memory(error, self.model, self.datamodule)) from error
 
     def _strategy(self) -> Any:  # noqa: ANN401
         """What was chosen; ``fsdp`` is ours."""
@@ -247,8 +259,9 @@ class PlanCLI(FlowCLI):
         policy, data, hardware = _recipe(self.model), self.datamodule, Hardware.asked(self._chosen("trainer").as_dict())
         hardware = replace(hardware, accumulate=self._accumulate(hardware.ranks) or hardware.accumulate)
         planned = make_plan(policy, data, self.trainer.callbacks, hardware)  # type: ignore[attr-defined]
-        speed = measured(policy, data, hardware.autocast, "cuda") if torch.cuda.is_available() else None
-        show_plan(planned, hardware, speed)
+        show_plan(planned, hardware)
+        if torch.cuda.is_available():
+            show_speed(planned, lambda: measured(policy, data, hardware.autocast, "cuda"))
 
 
 class CheckCLI(FlowCLI):
@@ -266,9 +279,10 @@ class CheckCLI(FlowCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         print("ok      configuration builds: every class and every option is there", flush=True)
         ranks, failed = Hardware.asked(self._chosen("trainer").as_dict()).ranks, False
-        for verdict in check_run(_recipe(self.model), self.datamodule, self.trainer, ranks):
-            print(verdict, flush=True)
-            failed = failed or verdict.state == "FAIL"
+        with self._telling_what_is_too_large():
+            for verdict in check_run(_recipe(self.model), self.datamodule, self.trainer, ranks):
+                print(verdict, flush=True)
+                failed = failed or verdict.state == "FAIL"
         if failed:
             raise SystemExit(1)
 

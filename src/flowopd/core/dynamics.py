@@ -60,7 +60,7 @@ class Transition(Gaussian):
             mean, self.std, velocity=velocity, gain=self.gain, sigma=self.sigma, sigma_next=self.sigma_next
         )
 
-    def __getitem__(self, rows: Tensor) -> "Transition":
+    def __getitem__(self, rows: Tensor | slice) -> "Transition":
         """Some rows of it, by their numbers."""
         return Transition(
             self.mean[rows],

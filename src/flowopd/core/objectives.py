@@ -70,7 +70,7 @@ class Labels:
         facts = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in facts.items() if value is not None}
 
-    def __getitem__(self, rows: Tensor) -> "Labels":
+    def __getitem__(self, rows: Tensor | slice) -> "Labels":
         """What is known about some of the states, by their numbers."""
         return Labels(**{name: value[rows] for name, value in self.present().items()})
 
@@ -245,6 +245,7 @@ class ReturnToGo(Shown):
         self.pathwise = pathwise
         _check_limits(clip_range=clip_range)
         self.clip_range = clip_range
+        self.weighting = ExactKL()
 
     def loss(self, student: Transition, labels: Labels) -> tuple[Tensor, Metrics]:
         """Return the surrogate of ``-labels.kl_to_go``."""
@@ -252,7 +253,7 @@ class ReturnToGo(Shown):
         loss, metrics = surrogate(student, labels, advantage, self.clip_range, "return_to_go")
         if not self.pathwise:
             return loss, metrics
-        pathwise, more = TransitionKL(ExactKL()).loss(student, labels)
+        pathwise, more = TransitionKL(self.weighting).loss(student, labels)
         return loss + pathwise, metrics | more
 
 
@@ -382,7 +383,7 @@ class Anchored(Shown):
         strength = self.strength
         if isinstance(strength, Course):
             strength = strength.at(self.iteration)
-            metrics = metrics | {"anchor/strength": student.sigma.new_tensor(strength)}
+            metrics = metrics | {"anchor/strength": torch.full_like(student.sigma[0], strength)}
         if labels.anchor is None and self.asked < 1:
             return loss, metrics
         distance = squared_error(student, required(labels, "anchor"))
@@ -614,11 +615,22 @@ def labels_of(objective: Objective) -> frozenset[str]:
 
 def anchors_in(objective: Objective) -> Iterator[Anchored]:
     """Every ``Anchored`` that an objective is, or is made of."""
-    if isinstance(objective, Anchored):
-        yield objective
+    return (part for part in parts_in(objective) if isinstance(part, Anchored))
+
+
+def weightings_in(objective: Objective) -> Iterator[Weighting]:
+    """Every weighting by which an objective, or what it is made of, tells steps apart."""
+    for part in parts_in(objective):
+        found = (value for value in getattr(part, "__dict__", {}).values() if isinstance(value, Weighting))
+        yield from (value for value in found if callable(value.weight))  # the weight of a layer is none
+
+
+def parts_in(objective: Objective) -> Iterator[Objective]:
+    """An objective and all that it is made of."""
+    yield objective
     inner = getattr(objective, "objective", None)
     for part in [*getattr(objective, "objectives", ()), *([] if inner is None else [inner])]:
-        yield from anchors_in(part)
+        yield from parts_in(part)
 
 
 def anchor_share(objective: Objective) -> float:

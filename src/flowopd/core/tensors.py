@@ -1,5 +1,9 @@
-"""Three helpers for shapes."""
+"""Helpers for shapes and rows, and for a device that is not to be waited for."""
 
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
 from torch import Tensor
 
 
@@ -37,3 +41,32 @@ def row_mean(x: Tensor) -> Tensor:
     tensor([1.5000, 4.0000])
     """
     return x.flatten(1).mean(1)
+
+
+def sent(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """The same on ``device``; from the CPU it leaves at once, and nobody waits until it is there.
+
+    >>> sent(torch.arange(2), "cpu")
+    tensor([0, 1])
+    """
+    there = torch.device(device)
+    if there.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(there)
+    return (tensor.pin_memory() if torch.cuda.is_available() else tensor).to(there, non_blocking=True)
+
+
+def picks(rows: Sequence[int], device: torch.device) -> slice | Tensor:
+    """What picks rows out of a tensor on ``device``: a slice where they follow one another, else an index, made once.
+
+    >>> picks([2, 3, 4], torch.device("cpu")), picks([4, 1], torch.device("cpu"))
+    (slice(2, 5, None), tensor([4, 1]))
+    """
+    if rows and list(rows) == list(range(rows[0], rows[0] + len(rows))):
+        return slice(rows[0], rows[0] + len(rows))
+    return _index(tuple(rows), device)
+
+
+@lru_cache(maxsize=1024)
+def _index(rows: tuple[int, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # it outlives the evaluation that may have asked first
+        return sent(torch.tensor(rows, dtype=torch.long), device)

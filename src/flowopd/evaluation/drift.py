@@ -46,7 +46,8 @@ def colour_entropy(images: Tensor) -> Tensor:
     """Entropy of the colours,  -Σ p log₂ p  over a histogram of 8 x 8 x 8 colours,  (B,), bits, at most 9."""
     levels = (images.float() * COLOUR_LEVELS).long().clamp(0, COLOUR_LEVELS - 1)
     colour = (levels[:, 0] * COLOUR_LEVELS + levels[:, 1]) * COLOUR_LEVELS + levels[:, 2]
-    counts = torch.stack([row.bincount(minlength=COLOUR_LEVELS**3) for row in colour.flatten(1)])
+    pixels = colour.flatten(1)
+    counts = pixels.new_zeros(len(pixels), COLOUR_LEVELS**3).scatter_add_(1, pixels, torch.ones_like(pixels))
     share = counts.float() / counts.sum(1, keepdim=True)
     return -torch.xlogy(share, share).sum(1) / torch.log(share.new_tensor(2.0))
 
@@ -68,7 +69,8 @@ def drift_figures(images: Tensor) -> dict[str, float]:
     each = {
         function.__name__: function(images) for function in (dark_fraction, edge_density, colour_entropy, sharpness)
     }
-    return {name: float(value.mean()) for name, value in each.items()} | {"diversity": float(diversity(images))}
+    figures = {name: value.mean() for name, value in each.items()} | {"diversity": diversity(images)}
+    return dict(zip(figures, torch.stack(list(figures.values())).tolist(), strict=True))  # one wait for the device
 
 
 def drift_changes(now: Mapping[str, float], start: Mapping[str, float]) -> dict[str, float]:

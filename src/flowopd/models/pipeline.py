@@ -25,6 +25,8 @@ from flowopd.models.texts import TextEncoders
 from flowopd.records import Conditioning
 
 GB = 10**9
+DECODED_PIXELS = 8 * 512**2
+"""Pixels that are decoded at once: an autoencoder takes 50 times the memory of what it answers."""
 MU = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
 OTHER_GRIDS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas")
 
@@ -291,7 +293,7 @@ class DiffusersBackbone(Backbone):
 
     def encode(self, texts: Sequence[str]) -> Conditioning:
         """Encode texts, a row each, on the transformer's device; each text once."""
-        return (self._reader or self.texts).encode(texts).to(self._device())
+        return (self._reader or self.texts).encode(texts).sent(self._device())
 
     def prepare(self, texts: Sequence[str]) -> None:
         """Encode texts that will be needed soon, and the negative prompt: the encoders are read once for all."""
@@ -384,8 +386,14 @@ class DiffusersBackbone(Backbone):
     def decode(self, latents: Tensor) -> Tensor:
         """Return images (B, 3, H, W) in [0, 1], float32."""
         autoencoder = self.autoencoder
-        images = self.pixels(autoencoder, latents.to(autoencoder.device, autoencoder.dtype))
-        return (images.float() / 2 + 0.5).clamp(0, 1)
+        parts = latents.split(self.decoded_at_once(latents.shape[-2:], autoencoder.config))
+        pictures = [self.pixels(autoencoder, part.to(autoencoder.device, autoencoder.dtype)) for part in parts]
+        return torch.cat([(picture.float() / 2 + 0.5).clamp(0, 1) for picture in pictures])
+
+    def decoded_at_once(self, sides: Sequence[int], autoencoder: Mapping[str, Any]) -> int:
+        """How many latents of some height and width are decoded at once, by the autoencoder's config."""
+        pixels = math.prod(sides) * self.pixels_per_latent(autoencoder) ** 2
+        return max(1, DECODED_PIXELS // pixels)
 
     def _known_guidance(self) -> float | None:
         """What the model card says, if a part of the path names a model: ``org/model``, a folder, a hub's cache."""

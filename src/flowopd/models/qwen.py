@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration
 from typing_extensions import override
 
+from flowopd.core.tensors import sent
 from flowopd.models.adapters.lora import ATTENTION
 from flowopd.models.packing import packed, unpacked
 from flowopd.models.pipeline import DiffusersBackbone
@@ -43,11 +44,12 @@ class QwenImageBackbone(DiffusersBackbone):
     def inputs(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> dict[str, Any]:
         """Image tokens of 2 x 2 latents, and where they are; a mask only where there is padding."""
         rows, length, (height, width) = len(x), cond.tokens.shape[1], x.shape[-2:]
+        mask = cond.mask if min(cond.lengths()) < length else None
         return {
             "hidden_states": packed(x.to(self.dtype)),
             "timestep": sigma,
             "encoder_hidden_states": cond.tokens.to(self.dtype),
-            "encoder_hidden_states_mask": cond.mask if min(cond.lengths()) < length else None,
+            "encoder_hidden_states_mask": None if mask is None else sent(mask, x.device),
             "img_shapes": [[(1, height // 2, width // 2)]] * rows,
         }
 

@@ -11,7 +11,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from flowopd.models import LoRASpec
@@ -157,6 +160,34 @@ def decode_flop(shapes: Shapes) -> float:
     with torch.no_grad(), FlopCounterMode(display=False) as counted:
         shapes.backbone.pixels(shapes.autoencoder(), latents)
     return float(counted.get_total_flops())
+
+
+def decode_bytes(shapes: Shapes, rows: int) -> float:
+    """Bytes at the worst moment of decoding some pictures at once, without what a convolution works in."""
+    latents = torch.empty(rows, *shapes.latent, device="meta", dtype=shapes.backbone.dtype)
+    alive, autoencoder = _Alive(), shapes.autoencoder()
+    with torch.no_grad(), _OnDevice(autocast=False), alive:
+        shapes.backbone.pixels(autoencoder, latents)
+    return float(alive.most)
+
+
+class _Alive(TorchDispatchMode):
+    """The most bytes that were alive at once, of what was made on the way."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.most = 0
+        self._held: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                self._held[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self._held = {key: held for key, held in self._held.items() if not held[0].expired()}
+        self.most = max(self.most, sum(size for _, size in self._held.values()))
+        return made
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from flowopd.models import AdapterSource, LoRASpec, Merge
 from flowopd.models.adapters.lora import adapter_parameters
-from flowopd.preflight.costs import Cost, Speed, decode_flop, forward_flop, measure, trace
+from flowopd.models.texts import SMALL_ENCODERS
+from flowopd.preflight.costs import Cost, Speed, decode_bytes, decode_flop, forward_flop, measure, trace
 from flowopd.preflight.forwards import (
     DECODED,
     TRAINED,
@@ -120,6 +121,11 @@ def plan(policy: FlowPolicy, data: RolloutDataModule, callbacks: Sequence[Callba
     checkpointing = shapes.backbone.activation_checkpointing
     cost = trace(shapes, student.spec, hardware.autocast)
     forwards = count_forwards(policy, data, callbacks, hardware.ranks, hardware.accumulate)
+    if _reads_encoders_again(shapes):
+        notes.append(
+            "the text encoders are read anew, by every rank, in each iteration that has a new prompt; give the "
+            "backbone a text_cache, or keep_encoders"
+        )
     activations = {flag: cost.activations(flag) * trained_rows(policy, data) for flag in (False, True)}
     return Plan(
         resident=_resident(policy, student.spec, callbacks, shapes, hardware, notes),
@@ -127,7 +133,10 @@ def plan(policy: FlowPolicy, data: RolloutDataModule, callbacks: Sequence[Callba
             "activations": activations[checkpointing],
             "trajectories": _trajectory_bytes(policy, data, shapes, hardware),
         },
-        transient={"text encoders": sum(shapes.encoders().values())},
+        transient={
+            "text encoders": sum(shapes.encoders().values()),
+            "pictures, and decoding them": _picture_bytes(data, shapes, DECODED in forwards),
+        },
         for_comparison={
             "encoded prompts of an iteration, main memory": shapes.text_bytes() * data.prompts_per_iteration,
             "activations, kept": activations[False],
@@ -252,10 +261,28 @@ def trained_rows(policy: FlowPolicy, data: RolloutDataModule) -> int:
     return data.batch_size * (1 if policy.sampler.guidance_scale == 1 else 2)
 
 
+def _reads_encoders_again(shapes: Shapes) -> bool:
+    texts = shapes.backbone.texts
+    small = sum(shapes.encoders().values()) <= SMALL_ENCODERS
+    return shapes.backbone.text_cache is None and not (small if texts.keep is None else texts.keep)
+
+
+def _picture_bytes(data: RolloutDataModule, shapes: Shapes, trains: bool) -> float:
+    """Float32 pictures of an evaluation's batch, or of a rollout's if it is judged, and what decoding some takes."""
+    rows = max(data.evaluation_batch_size if data.evaluation_count else 0, data.batch_size if trains else 0)
+    if not rows:
+        return 0.0
+    config, (_, height, width) = shapes.config("vae"), shapes.latent
+    pixels = height * width * shapes.backbone.pixels_per_latent(config) ** 2
+    at_once = min(rows, shapes.backbone.decoded_at_once((height, width), config))
+    return 4.0 * 3 * rows * pixels + decode_bytes(shapes, at_once)
+
+
 def _trajectory_bytes(policy: FlowPolicy, data: RolloutDataModule, shapes: Shapes, hardware: Hardware) -> float:
-    """Latents and velocities of whole trajectories, float32; on the fused road there is one state."""
+    """States of whole trajectories, float32, and velocities and targets if they are read; one state if fused."""
     channels, height, width = shapes.latent
-    kept = 1 if data.fused else 2 * policy.sampler.num_steps + 1
+    steps = policy.sampler.num_steps
+    kept = 1 if data.fused else steps + 1 + (2 * steps if policy.keeps_velocities() else 0)
     rows = data.batch_size if data.fused else data.prompts_per_iteration * data.group_size // hardware.ranks
     return 4.0 * rows * kept * channels * height * width
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -14,11 +15,11 @@ from flowopd.preflight.plan import Hardware, Plan
 GB = 1e9
 
 
-def show_plan(planned: Plan, hardware: Hardware, speed: Speed | None = None) -> None:
+def show_plan(planned: Plan, hardware: Hardware) -> None:
     """Print a plan."""
     console = Console()
     console.print(_memory_table(planned))
-    console.print(_work_table(planned, hardware, speed))
+    console.print(_work_table(planned, hardware))
     for note in dict.fromkeys(planned.notes):
         console.print(f"note: {note}", soft_wrap=True)
 
@@ -41,7 +42,7 @@ def _memory_table(planned: Plan) -> Table:
     return table
 
 
-def _work_table(planned: Plan, hardware: Hardware, speed: Speed | None) -> Table:
+def _work_table(planned: Plan, hardware: Hardware) -> Table:
     each = f", each of {hardware.ranks} ranks" if hardware.ranks > 1 else ""
     table = Table(f"work of every optimiser step{each}", "forwards", "TFLOP")
     for column in table.columns[1:]:
@@ -52,12 +53,19 @@ def _work_table(planned: Plan, hardware: Hardware, speed: Speed | None) -> Table
     table.add_section()
     table.add_row("in all", f"{planned.rows():.0f}", f"{sum(planned.flop.values()) / 1e12:.1f}", style="bold")
     table.add_row("for a picture, a backward as two", f"{planned.per_picture():.1f}", "")
-    if speed is not None:
-        table.add_row(f"measured here: {seconds(planned.forwards, speed):.1f} s without rewards", "", "")
     table.add_section()
     for name, count in planned.evaluation.items():
         table.add_row(f"besides, an evaluation: {name}", f"{count:.0f}", "")
     return table
+
+
+def show_speed(planned: Plan, measure: Callable[[], Speed]) -> None:
+    """Print the seconds of an optimiser step, measured on the device that is here; or that it does not fit there."""
+    try:
+        said = f"{seconds(planned.forwards, measure()):.1f} s for an optimiser step, without rewards"
+    except torch.OutOfMemoryError:
+        said = "not even the transformer and one micro-batch fit in what is free of the device; lower data.batch_size"
+    Console().print(f"measured here: {said}", soft_wrap=True)
 
 
 def seconds(forwards: Mapping[str, float], speed: Speed) -> float:

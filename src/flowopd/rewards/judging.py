@@ -47,20 +47,17 @@ class Judging:
         return any(scorer.covers(task) for scorer in self.training)
 
     def begin(self, images: Tensor, prompts: Sequence[Prompt]) -> dict[str, Future[Scores]]:
-        """Begin what training rewards do in the background with finished images (B, 3, H, W)."""
-        return {scorer.name: scorer.begin(images, prompts) for scorer in self.training if scorer.background}
+        """Begin to score finished images (B, 3, H, W); what is not done in the background is done when this returns."""
+        return {scorer.name: scorer.begin(images, prompts) for scorer in self.training}
 
-    def detail(
-        self, images: Tensor, prompts: Sequence[Prompt], begun: Sequence[Mapping[str, Future[Scores]]] = ()
-    ) -> dict[str, Scores]:
-        """Scores of every training reward, (B,); those in ``begun``, by consecutive parts of the batch, are awaited."""
-        waiting = {name: [part[name] for part in begun] for name in (begun[0] if begun else ())}
-        here = {s.name: s.detail(images, prompts) for s in self.training if s.name not in waiting}
-        there = {
-            name: Scores.cat([future.result() for future in futures]).to(images.device)
-            for name, futures in waiting.items()
-        }
-        return {scorer.name: (here | there)[scorer.name] for scorer in self.training}
+    def gather(self, begun: Sequence[Mapping[str, Future[Scores]]], device: torch.device) -> dict[str, Scores]:
+        """Scores (B,) of every training reward, of consecutive parts of a batch, awaited."""
+        names = [scorer.name for scorer in self.training]
+        return {name: Scores.cat([part[name].result() for part in begun]).to(device) for name in names}
+
+    def detail(self, images: Tensor, prompts: Sequence[Prompt]) -> dict[str, Scores]:
+        """Scores (B,) of every training reward, of images (B, 3, H, W)."""
+        return self.gather([self.begin(images, prompts)], images.device)
 
     def total(self, scores: Mapping[str, Scores], prompts: Sequence[Prompt]) -> Tensor:
         """Training rewards,  Σ weight · score  over the rewards of each row's task, (B,); NaN where one failed."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flowopd.core.ranges import finite
+from flowopd.core.tensors import picks
 from flowopd.records import Prompt
 from flowopd.rewards.base import Reward, Scores, detailed
 from flowopd.rewards.executor import Executor
@@ -97,24 +98,28 @@ class Scorer:
         Raises:
             ValueError: if the reward does not give one score per image.
         """
-        rows = self.asked(prompts).nonzero()[:, 0].to(images.device)
-        if not len(rows):
+        numbers = [number for number, prompt in enumerate(prompts) if self.covers(prompt.task)]
+        if not numbers:
             return Scores(torch.full((len(prompts),), torch.nan, device=images.device))
-        asked = [prompts[row] for row in rows.tolist()]
+        rows, asked = picks(numbers, images.device), [prompts[number] for number in numbers]
         with torch.autocast(images.device.type, enabled=False):  # a score is the same in whatever precision we train
             found = detailed(self.reward, images[rows], asked)
         parts = {name: self._scattered(part, rows, len(prompts)) for name, part in found.parts.items()}
         return Scores(self._scattered(found.value, rows, len(prompts)), parts)
 
-    def _scattered(self, values: Tensor, rows: Tensor, count: int) -> Tensor:
+    def _scattered(self, values: Tensor, rows: Tensor | slice, count: int) -> Tensor:
         """Scores of some rows as scores of all; what is not a finite number is a failure, NaN."""
-        scores = torch.full((count,), torch.nan, device=rows.device)
+        scores = torch.full((count,), torch.nan, device=values.device)
         scores[rows] = values.to(scores).where(values.to(scores).isfinite(), torch.nan)
         return scores
 
     def begin(self, images: Tensor, prompts: Sequence[Prompt]) -> Future[Scores]:
-        """Begin to score images (B, 3, H, W) in the background, as ``detail`` does."""
-        return self._executor.submit(images, prompts)
+        """Score images (B, 3, H, W) as ``detail`` does: in the background, or if it is not of that kind at once."""
+        if self.background:
+            return self._executor.submit(images, prompts)
+        done = Future[Scores]()
+        done.set_result(self.detail(images, prompts))
+        return done
 
     def close(self) -> None:
         """End the thread: nobody waits for its scores any more."""

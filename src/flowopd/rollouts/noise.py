@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flowopd.core.seeds import seed_of
 from flowopd.core.shown import Shown
+from flowopd.core.tensors import sent
 
 
 class RowNoise(Shown):
@@ -69,7 +70,7 @@ class RowNoise(Shown):
 
     def _draw(self, name: str, keys: Sequence[object], shape: tuple[int, ...]) -> Tensor:
         drawn = {key: torch.randn(shape, generator=generator(f"{name} {key}")) for key in dict.fromkeys(keys)}
-        return torch.stack([drawn[key] for key in keys]).to(self.device)
+        return sent(torch.stack([drawn[key] for key in keys]), self.device)
 
 
 def generator(key: object) -> torch.Generator:

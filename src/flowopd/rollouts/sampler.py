@@ -13,6 +13,7 @@ from flowopd.core.dynamics import ODE, Dynamics, FlowSDE, Transition
 from flowopd.core.ranges import within
 from flowopd.core.schedules import Schedule, ShiftedSchedule
 from flowopd.core.shown import Shown
+from flowopd.core.tensors import picks, sent
 from flowopd.records import Conditioning, Prompt, Rollout, StepBatch
 from flowopd.rollouts.noise import RowNoise, generator
 from flowopd.rollouts.steps import Steps
@@ -82,6 +83,7 @@ class Sampler(Shown):
         self.num_steps = num_steps
         self._given = schedule
         self._model: Gridded | None = None
+        self._grids: dict[tuple[int, torch.device], Tensor] = {}
         self.dynamics = dynamics or FlowSDE()
         self.window = _checked_window("window", window or (0, num_steps - 1), num_steps)
         self.trained = _checked_window("trained", trained or self.window, num_steps)
@@ -103,11 +105,19 @@ class Sampler(Shown):
         same = copy(self)
         vars(same).pop("schedule", None)
         same._model = model
+        same._grids = {}
         return same
 
     def sigmas(self) -> Tensor:
         """The grid of a rollout, (T + 1,)."""
         return self.schedule.sigmas(self.num_steps)
+
+    def _grid(self, num_steps: int, device: torch.device) -> Tensor:
+        """The grid of so many steps where the states are, sent there once."""
+        if (num_steps, device) not in self._grids:
+            with torch.inference_mode(False):  # it outlives the evaluation that may have asked first
+                self._grids[num_steps, device] = sent(self.schedule.sigmas(num_steps), device)
+        return self._grids[num_steps, device]
 
     def noisy(self) -> Tensor:
         """(T,) bool, which steps inject noise."""
@@ -142,16 +152,16 @@ class Sampler(Shown):
 
     def batch_at(self, x: Tensor, step: int, cond: Conditioning, tasks: Sequence[str]) -> StepBatch:
         """States x (B, C, H, W) before step ``step``."""
-        sigmas, noisy = self.sigmas().to(x.device), self.noisy().to(x.device)
-        rows = len(x)
+        sigmas, rows = self._grid(self.num_steps, x.device), len(x)
         return StepBatch(
             x=x,
             sigma=sigmas[step].expand(rows),
             sigma_next=sigmas[step + 1].expand(rows),
-            noisy=noisy[step].expand(rows),
+            noisy=torch.full((rows,), bool(self.noisy()[step]), device=x.device),
             cond=cond,
             tasks=tasks,
             step=step,
+            level=float(self._grid(self.num_steps, torch.device("cpu"))[step]),
         )
 
     @torch.no_grad()
@@ -162,6 +172,7 @@ class Sampler(Shown):
         cond: Conditioning,
         noise: RowNoise,
         branching: bool = False,
+        keep_velocities: bool = True,
     ) -> Rollout:
         """Draw one trajectory per prompt.
 
@@ -172,6 +183,7 @@ class Sampler(Shown):
             noise: their noise.
             branching: rows of one starting noise are siblings, one trajectory until the first noisy step, and computed
                 once until there; the field must treat all rows alike.
+            keep_velocities: for who reads them; they take as much memory as the states.
         """
         trunk = _once_per_start(field, noise) if branching else field
         x = noise.start()
@@ -184,23 +196,22 @@ class Sampler(Shown):
             step = self.transition(batch, velocity)
             x = self.follow(step, j, noise)
             latents.append(x)
-            velocities.append(step.velocity)
+            velocities += [step.velocity] if keep_velocities else []
             log_probs.append(step.log_prob(x))
         return Rollout(
             prompts=prompts,
             cond=cond,
-            sigmas=self.sigmas().to(x.device),
+            sigmas=self._grid(self.num_steps, x.device),
             latents=torch.stack(latents, 1),
-            velocities=torch.stack(velocities, 1),
+            velocities=torch.stack(velocities, 1) if keep_velocities else None,
             log_probs=torch.stack(log_probs, 1),
-            noisy=self.noisy().to(x.device),
+            noisy=self.noisy(),
         )
 
     @torch.no_grad()
     def draw(self, field: VelocityField, cond: Conditioning, x: Tensor) -> Tensor:
         """Follow the ODE from noise x (B, C, H, W) to clean latents (B, C, H, W)."""
-        sigmas = self.schedule.sigmas(self.eval_steps).to(x.device)
-        for sigma, sigma_next in pairwise(sigmas):
+        for sigma, sigma_next in pairwise(self._grid(self.eval_steps, x.device)):
             before, after = sigma.expand(len(x)), sigma_next.expand(len(x))
             x = ODE().step(x, field(x, before, cond), before, after).mean
         return x
@@ -210,7 +221,8 @@ def _once_per_start(field: VelocityField, noise: RowNoise) -> VelocityField:
     first, back = noise.shared_starts()
 
     def velocity(x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
-        return field(x[first], sigma[first], cond[first])[back]
+        once, again = picks(first, x.device), picks(back, x.device)
+        return field(x[once], sigma[once], cond[first])[again]
 
     return velocity
 

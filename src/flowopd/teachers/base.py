@@ -14,6 +14,9 @@ from flowopd.models import AdapterSource, Backbone
 from flowopd.models.adapters.lora import Adapter, adapter_names, attach
 from flowopd.records import Conditioning
 
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Whole numbers of as many bytes."""
+
 
 @runtime_checkable
 class Teacher(Protocol):
@@ -196,10 +199,14 @@ class FullTeacher(Shown):
         return self._field.velocity(x.to(there), sigma.to(there), cond.to(there)).to(x.device)
 
     def fingerprint(self) -> str:
-        """A digest of every parameter's sum and shape, and of the adapter."""
+        """A digest of every parameter's shape and of the sum of its bits, and of the adapter.
+
+        Whole numbers add up to the same on every device, in whatever order.
+        """
         digest = hashlib.sha256()
         for key, value in sorted(_own(self.backbone.network).items()):
-            digest.update(f"{key} {tuple(value.shape)} {value.double().sum().item()!r}".encode())
+            bits = value.contiguous().view(BITS[value.element_size()]).sum(dtype=torch.int64)
+            digest.update(f"{key} {tuple(value.shape)} {value.dtype} {bits.item()}".encode())
         if self.adapter is not None:
             digest.update(self._field.fingerprint().encode())
         return digest.hexdigest()[:16]

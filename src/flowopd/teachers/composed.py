@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flowopd.core.ranges import at_least, within
 from flowopd.core.shown import Shown
-from flowopd.core.tensors import expand_like
+from flowopd.core.tensors import expand_like, picks, sent
 from flowopd.models import Backbone
 from flowopd.records import Conditioning
 from flowopd.teachers.base import Teacher, guidance_of
@@ -189,7 +189,12 @@ class Blend(Composed):
 
 
 def ask(
-    wanted: Mapping[str, Groups], x: Tensor, sigma: Tensor, cond: Conditioning, lockstep: bool = False
+    wanted: Mapping[str, Groups],
+    x: Tensor,
+    sigma: Tensor,
+    cond: Conditioning,
+    lockstep: bool = False,
+    level: float | None = None,
 ) -> dict[str, Tensor]:
     """Velocities of several teachers at one batch of states, by one forward of every part that they have in common.
 
@@ -201,11 +206,12 @@ def ask(
         x, sigma, cond: B states.
         lockstep: ask every part that is named, if need be about a row whose answer is dropped, so that their number
             does not depend on the rows.
+        level: σ of all rows, if that is known without waiting for a device.
 
     Returns:
         By name, (B, C, H, W); 0 in rows that nobody answers.
     """
-    levels = sigma.cpu()
+    levels = _on_cpu(wanted, sigma, level)
     tables: dict[Hashable, tuple[Teacher, Tensor]] = {}
     for number, groups in enumerate(wanted.values()):
         for teacher, rows in groups:
@@ -217,11 +223,30 @@ def ask(
         rows = table.any(0).nonzero().flatten().tolist()
         if not rows and not lockstep:
             continue
-        asked = slice(None) if len(rows) == len(x) else rows or [0]
-        velocity = part.velocity(x[asked], sigma[asked], cond[asked])[: len(rows)]
-        for answer, weight in zip(answers.values(), table[:, rows].to(x), strict=True):
-            answer[rows] += expand_like(weight, velocity) * velocity
+        asked = picks(rows or [0], x.device)
+        velocity = part.velocity(x[asked], sigma[asked], cond[rows or [0]])
+        for answer, weights in zip(answers.values(), table[:, rows].tolist(), strict=True):
+            _add(answer, rows, weights, velocity)
     return answers
+
+
+def _on_cpu(wanted: Mapping[str, Groups], sigma: Tensor, level: float | None) -> Tensor:
+    """Noise levels (B,) on the CPU; a device is asked for them only where weights depend on them."""
+    asked = (teacher for groups in wanted.values() for teacher, _ in groups)
+    if level is None and any(isinstance(teacher, Composed) for teacher in asked):
+        return sigma.cpu()
+    return torch.full(sigma.shape, 1.0 if level is None else level)
+
+
+def _add(answer: Tensor, rows: Sequence[int], weights: Sequence[float], velocity: Tensor) -> None:
+    """Add weight · velocity to the rows that have a weight; a number that they share is no tensor to be sent."""
+    own = [k for k, weight in enumerate(weights) if weight]
+    if not own:
+        return
+    given = [weights[k] for k in own]
+    added = velocity[picks(own, velocity.device)]
+    share = given[0] if len(set(given)) == 1 else expand_like(sent(torch.tensor(given), added.device).to(added), added)
+    answer[picks([rows[k] for k in own], answer.device)] += share * added
 
 
 def parts(teacher: Teacher, sigma: Tensor) -> Iterator[tuple[Teacher, Tensor]]:

@@ -49,9 +49,11 @@ class Router(Shown):
         if lost := sorted(set(tasks) - set(self.teachers)):
             raise ValueError(f"no teacher for task {', '.join(map(repr, lost))}; add a TeacherCallback for it")
 
-    def velocity(self, x: Tensor, sigma: Tensor, cond: Conditioning, tasks: Sequence[str]) -> Tensor:
+    def velocity(
+        self, x: Tensor, sigma: Tensor, cond: Conditioning, tasks: Sequence[str], level: float | None = None
+    ) -> Tensor:
         """Velocity (B, C, H, W) of each row's own teacher; rows are grouped by teacher and put back in order."""
-        return ask({"velocity": self.groups(tasks)}, x, sigma, cond, self.lockstep)["velocity"]
+        return ask({"velocity": self.groups(tasks)}, x, sigma, cond, self.lockstep, level)["velocity"]
 
     def groups(self, tasks: Sequence[str]) -> list[tuple[Teacher, list[int]]]:
         """Every teacher, and the rows that are of its task.

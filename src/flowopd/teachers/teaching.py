@@ -82,17 +82,18 @@ class Teaching:
         }
         if "anchor" in needs and self.anchor is not None:
             wanted["anchor"] = [(self.anchor.teacher, range(len(batch.x)))]
-        return batch.label(**ask(wanted, batch.x, batch.sigma, batch.cond, self.router.lockstep))
+        return batch.label(**ask(wanted, batch.x, batch.sigma, batch.cond, self.router.lockstep, batch.level))
 
     @torch.no_grad()
     def label_trajectory(self, rollout: Rollout, sampler: Sampler) -> Rollout:
-        """Add the KL to the teacher at every step, and its sum over all later trained steps."""
+        """Add the KL to the teacher at every step, and its sum over all later trained steps, by the kept velocities."""
+        assert rollout.velocities is not None
         kl = torch.zeros_like(rollout.log_probs)
         targets = torch.zeros_like(rollout.velocities)
         tasks = [prompt.task for prompt in rollout.prompts]
         for j in sampler.trained_steps():
             batch = sampler.batch_at(rollout.latents[:, j], j, rollout.cond, tasks)
-            targets[:, j] = self.router.velocity(batch.x, batch.sigma, batch.cond, tasks)
+            targets[:, j] = self.router.velocity(batch.x, batch.sigma, batch.cond, tasks, batch.level)
             kl[:, j] = _step_kl(sampler.transition(batch, rollout.velocities[:, j]), targets[:, j])
         to_go = kl.flip(1).cumsum(1).flip(1) - kl
         return rollout.label(state_kl=kl, kl_to_go=to_go, target=targets)

@@ -13,6 +13,7 @@ from torch import Tensor
 from flowopd.core.levels import LogitNormal
 from flowopd.core.objectives import FlowMatching
 from flowopd.core.ranges import above, at_least, within
+from flowopd.core.tensors import picks
 from flowopd.models import Backbone, Merge
 from flowopd.records import Conditioning, Rollout, StepBatch
 from flowopd.rollouts import Draw, RowNoise, VelocityField
@@ -83,19 +84,20 @@ class SFT:
     def batches(self, rollout: Rollout, noise: RowNoise) -> Iterator[StepBatch]:
         """Noised final latents, with the velocity noise - clean as target."""
         density = LogitNormal(self.sigma_mean, self.sigma_std)
+        weight = None if rollout.labels.weight is None else rollout.labels.weight[:, 0]
+        kept = [] if weight is None else weight.nonzero().flatten().tolist() or [0]
         for draw in range(self.draws):
             sigma = density.levels(noise.named(f"sft level {draw}"))
             batch = noised(rollout, sigma, noise.named(f"sft noise {draw}", noise.shape))
-            yield batch if rollout.labels.weight is None else _weighty(batch, rollout.labels.weight[:, 0])
+            yield batch if weight is None else _weighty(batch, weight, kept)
 
 
-def _weighty(batch: StepBatch, weight: Tensor) -> StepBatch:
+def _weighty(batch: StepBatch, weight: Tensor, numbers: Sequence[int]) -> StepBatch:
     """The rows of a batch that have a weight, so that their weighted mean is that of the whole batch.
 
     One row stays in any case, so that every rank runs as many forwards.
     """
-    rows = weight.nonzero().flatten().tolist() or [0]
-    target = batch.labels.target
+    rows, target = picks(numbers, weight.device), batch.labels.target
     assert target is not None
     kept = replace(
         batch,
@@ -103,10 +105,10 @@ def _weighty(batch: StepBatch, weight: Tensor) -> StepBatch:
         sigma=batch.sigma[rows],
         sigma_next=batch.sigma_next[rows],
         noisy=batch.noisy[rows],
-        cond=batch.cond[rows],
-        tasks=[batch.tasks[row] for row in rows],
+        cond=batch.cond[numbers],
+        tasks=[batch.tasks[row] for row in numbers],
     )
-    return kept.label(target=target[rows], weight=weight[rows] * len(rows) / len(weight))
+    return kept.label(target=target[rows], weight=weight[rows] * len(numbers) / len(weight))
 
 
 class ColdStart(FlowPolicy):

@@ -22,7 +22,6 @@ class _Begun(NamedTuple):
     """A rollout of this iteration that is being scored in the background."""
 
     rollout: Rollout
-    images: Tensor
     scores: Mapping[str, Future[Scores]]
 
 
@@ -55,10 +54,9 @@ class GRPOTeacher(FlowPolicy):
 
     def rollout(self, draw: Draw) -> Rollout:
         """Draw one trajectory per prompt, and begin to score the pictures if a reward does so in the background."""
-        rollout, judging = super().rollout(draw), self.signals.judging
-        if any(scorer.background for scorer in judging.training):
-            images = self.pictures(rollout)
-            self._begun.append(_Begun(rollout, images, judging.begin(images, draw.prompts)))
+        rollout = super().rollout(draw)
+        if any(scorer.background for scorer in self.signals.judging.training):
+            self._begun.append(_Begun(rollout, self.begin_to_judge(rollout)))
         return rollout
 
     def label(self, rollouts: list[Rollout], group_size: int) -> list[Rollout]:
@@ -71,22 +69,18 @@ class GRPOTeacher(FlowPolicy):
         """
         if group_size < 2:
             raise ValueError(f"advantages compare siblings, but group_size is {group_size}; set it to 2 or more")
-        rewards, metrics = self.judged(rollouts, *self._what_was_begun(rollouts))
+        rewards, metrics = self.judged(rollouts, self._what_was_begun(rollouts))
         metrics["reward/equal_groups"] = _equal_groups(rewards, group_size)
         advantage = self._advantage(rewards, group_size)[:, None].expand(-1, self.sampler.num_steps)
         shares = advantage.split([len(rollout.prompts) for rollout in rollouts])
         taught = super().label(rollouts, group_size)
         return [rollout.label(advantage=rows).log(metrics) for rollout, rows in zip(taught, shares, strict=True)]
 
-    def _what_was_begun(
-        self, rollouts: Sequence[Rollout]
-    ) -> tuple[Tensor | None, Sequence[Mapping[str, Future[Scores]]]]:
-        """Pictures and pending scores of these rollouts, if all of them were begun; nothing is kept."""
-        begun = [one for rollout in rollouts for one in self._begun if one.rollout is rollout]
+    def _what_was_begun(self, rollouts: Sequence[Rollout]) -> Sequence[Mapping[str, Future[Scores]]]:
+        """Pending scores of these rollouts, if all of them were begun; nothing is kept."""
+        begun = [one.scores for rollout in rollouts for one in self._begun if one.rollout is rollout]
         self._begun = []
-        if len(begun) < len(rollouts):
-            return None, ()
-        return torch.cat([one.images for one in begun]), [one.scores for one in begun]
+        return begun if len(begun) == len(rollouts) else ()
 
     def _advantage(self, rewards: Tensor, group_size: int) -> Tensor:
         """Advantages of this rank's rows, scaled by the rewards of all ranks."""

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from flowopd.core.dynamics import Transition
 from flowopd.core.objectives import Objective
+from flowopd.core.tensors import picks
 from flowopd.records import StepBatch
 from flowopd.training.ranks.sums import added_over_ranks
 
@@ -35,7 +36,7 @@ class Losses:
             rows = [row for row, other in enumerate(batch.tasks) if other == task]
             own = loss
             if len(rows) < len(batch.tasks):
-                chosen = torch.tensor(rows, device=batch.x.device)
+                chosen = picks(rows, batch.x.device)
                 own, _ = objective.loss(student[chosen], batch.labels[chosen])
             self._add(f"loss_by_task/{task}", own, len(rows))
         if batch.step is not None:

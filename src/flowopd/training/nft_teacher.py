@@ -6,10 +6,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from typing_extensions import override
 
 from flowopd.core.advantages import GroupAdvantage
+from flowopd.core.dynamics import ODE, Transition
 from flowopd.core.levels import Levels, LogitNormal
 from flowopd.core.objectives import NegativeAware, Objective
 from flowopd.core.ranges import at_least, within
@@ -120,6 +122,11 @@ class NFTTeacher(GRPOTeacher):
     def behaviour(self, tasks: Sequence[str]) -> VelocityField:
         """The old policy samples."""
         return self.old_velocity
+
+    def grid(self) -> list[Transition]:
+        """A noised picture is a step without noise to the picture."""
+        x, middle = torch.zeros(1, 1, 1, 1), torch.full((1,), 0.5)
+        return [ODE().step(x, x, middle, 0 * middle)]
 
     def batches_per_rollout(self) -> int:
         """Pairs of level and noise per picture."""

@@ -13,12 +13,14 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
 from flowopd.core.dynamics import Transition
-from flowopd.core.objectives import BRANCHES, Objective, anchor_share, anchors_in, labels_of
+from flowopd.core.objectives import BRANCHES, Objective, anchor_share, anchors_in, labels_of, weightings_in
+from flowopd.core.weights import ExactKL
 from flowopd.evaluation import Column, Scoreboard
 from flowopd.models import AdapterSource, Backbone, LoRASpec, Merge
 from flowopd.models.adapters.lora import (
@@ -35,8 +37,8 @@ from flowopd.rewards.judging import means, refuse_unscored
 from flowopd.rollouts import Draw, Sampler, VelocityField
 from flowopd.rollouts.noise import generator
 from flowopd.rollouts.steps import some_of
-from flowopd.teachers import BaseTeacher
-from flowopd.teachers.composed import guidance_said
+from flowopd.teachers import BaseTeacher, FullTeacher
+from flowopd.teachers.composed import guidance_said, parts_of
 from flowopd.training.checkpoints import (
     MADE_BY,
     OPTIMIZER,
@@ -50,7 +52,7 @@ from flowopd.training.checkpoints import (
 )
 from flowopd.training.distances import Distances
 from flowopd.training.losses import Losses
-from flowopd.training.ranks.strategies import FSDP2, check_trainer, is_sharded
+from flowopd.training.ranks.strategies import FSDP2, check_halves, check_places, check_trainer, is_sharded
 from flowopd.training.ranks.sums import added_over_ranks
 from flowopd.training.signals import Signals, signals_among
 
@@ -155,16 +157,49 @@ class FlowPolicy(LightningModule):
         """Load the backbone, then attach the student and every teacher, before anything wraps or shards it."""
         if self.network is not None:
             return
-        check_trainer(self.trainer)
+        self._check_trainer()
         self.backbone.load(self.trainer.strategy.root_device)
         self._attach_student()
         self.signals.teaching.attach(self.backbone)
+        if self.trainer.state.fn in (None, TrainerFn.FITTING):
+            self.check_grid()
         self.network = self.backbone.network.train()  # lightning warns of parts in eval mode
         for module in self.network.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0  # so that a forward is the same in every phase, and no step walks the network to say so
         if isinstance(self.trainer.strategy, FSDP2):
             self.trainer.strategy.shard(self.network)
+        frozen = [name for name, _ in self.named_buffers()]  # DDP would send them at every update
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, frozen)
+
+    def _check_trainer(self) -> None:
+        """Refuse a trainer that cannot train this model, or these teachers."""
+        check_trainer(self.trainer)
+        check_halves(str(self.trainer.precision), getattr(self.backbone, "dtype", None))
+        parts = [
+            (name, part)
+            for name, teacher in self.signals.teaching.teachers_by_name().items()
+            for part in parts_of([teacher])
+        ]
+        places = [(name, part.device) for name, part in parts if isinstance(part, FullTeacher)]
+        check_places(places, self.trainer.num_devices)
+
+    def check_grid(self) -> None:
+        """Ask the objective about every step that may be trained, on the CPU: in training no device is waited for.
+
+        Raises:
+            ValueError: if the objective cannot weigh one of them.
+        """
+        weightings = [*weightings_in(self.objective), *([ExactKL()] if self.keeps_velocities() else [])]
+        for step in self.grid():
+            for weighting in weightings:
+                weighting.weight(step)
+
+    def grid(self) -> list[Transition]:
+        """A step of every kind that is trained, of a state of one number, on the CPU."""
+        x = torch.zeros(1, 1, 1, 1)
+        batches = [self.sampler.batch_at(x, j, Conditioning(x), [""]) for j in self.sampler.trained_steps()]
+        return [self.sampler.transition(batch, x) for batch in batches]
 
     @override
     def train(self, mode: bool = True) -> FlowPolicy:
@@ -209,7 +244,11 @@ class FlowPolicy(LightningModule):
     def rollout(self, draw: Draw) -> Rollout:
         """Draw one trajectory per prompt with the behaviour policy."""
         cond, field = self.backbone.encode(draw.texts), self.behaviour(draw.tasks)
-        return self.sampler.rollout(field, draw.prompts, cond, draw.noise, branching=not self.routed)
+        return self.sampler.rollout(field, draw.prompts, cond, draw.noise, not self.routed, self.keeps_velocities())
+
+    def keeps_velocities(self) -> bool:
+        """Whether somebody reads the velocities that a rollout followed."""
+        return bool(self.needs() & {"state_kl", "kl_to_go"})
 
     def check(self, tasks: Sequence[str]) -> None:
         """Raise unless the callbacks provide what training on these tasks needs.
@@ -226,7 +265,7 @@ class FlowPolicy(LightningModule):
 
     def label(self, rollouts: list[Rollout], group_size: int) -> list[Rollout]:
         """Add what can only be known of finished trajectories."""
-        if self.needs() & {"state_kl", "kl_to_go"}:
+        if self.keeps_velocities():
             return [self.signals.teaching.label_trajectory(rollout, self.sampler) for rollout in rollouts]
         return rollouts
 
@@ -238,18 +277,18 @@ class FlowPolicy(LightningModule):
             watcher.see(images)
         return images
 
+    def begin_to_judge(self, rollout: Rollout) -> dict[str, Future[Scores]]:
+        """Decode the pictures of a rollout and begin to score them; they are not kept."""
+        return self.signals.judging.begin(self.pictures(rollout), rollout.prompts)
+
     def judged(
-        self,
-        rollouts: Sequence[Rollout],
-        images: Tensor | None = None,
-        begun: Sequence[Mapping[str, Future[Scores]]] = (),
+        self, rollouts: Sequence[Rollout], begun: Sequence[Mapping[str, Future[Scores]]] = ()
     ) -> tuple[Tensor, dict[str, float]]:
         """Training rewards (B,) of finished trajectories, and means over the rows of all ranks to log.
 
         Args:
-            rollouts: B trajectories in all.
-            images: their pictures (B, 3, H, W), where they are decoded already.
-            begun: of every rollout, scores that are being made in the background.
+            rollouts: B trajectories in all; their pictures are decoded and scored one rollout at a time.
+            begun: of every rollout, what ``begin_to_judge`` said, where it was asked before.
 
         Returns:
             Rewards, NaN where one failed; and ``reward/<name>`` of rewards and their parts, with
@@ -259,9 +298,8 @@ class FlowPolicy(LightningModule):
             ValueError: if a reward failed for every picture.
         """
         judging, prompts = self.signals.judging, [prompt for rollout in rollouts for prompt in rollout.prompts]
-        if images is None:
-            images = torch.cat([self.pictures(rollout) for rollout in rollouts])
-        scores = judging.detail(images, prompts, begun)
+        begun = begun or [self.begin_to_judge(rollout) for rollout in rollouts]
+        scores = judging.gather(begun, rollouts[0].latents.device)
         tally = added_over_ranks(self, judging.tally(scores, prompts))
         refuse_unscored(tally)
         return judging.total(scores, prompts), {f"reward/{name}": mean for name, mean in means(tally).items()}
@@ -294,7 +332,8 @@ class FlowPolicy(LightningModule):
         self.losses.see(self.objective, student, batch, loss.detach())
         if batch.advance is not None:
             batch.advance(student.detach())
-        logged: dict[str, Tensor | float] = {**metrics, **batch.metrics}
+        known = {name: torch.full_like(loss.detach(), value) for name, value in batch.metrics.items()}
+        logged = {**metrics, **known}  # a number would be sent, and the device waited for
         self.log_dict(logged, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(batch.x))
         return loss * batch.counts
 

@@ -62,10 +62,11 @@ class FixedStateKL(Callback):
 
     @torch.no_grad()
     def measure(self, policy: FlowPolicy, field: VelocityField) -> dict[str, float]:
-        """``fixed_kl/<teacher>`` of any velocity field, for every teacher of the run."""
-        if self._visited is None:
-            self._visited = self._visit(policy)
-        return {f"fixed_kl/{name}": self._kl(policy, field, visited) for name, visited in self._visited.items()}
+        """``fixed_kl/<teacher>`` of any velocity field, for every teacher of the run, in the precision of training."""
+        with policy.trainer.precision_plugin.forward_context():
+            if self._visited is None:
+                self._visited = self._visit(policy)
+            return {f"fixed_kl/{name}": self._kl(policy, field, visited) for name, visited in self._visited.items()}
 
     def _visit(self, policy: FlowPolicy) -> dict[str, _Visited]:
         """Follow every teacher over the held-out prompts of its tasks."""

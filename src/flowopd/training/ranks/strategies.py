@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import timedelta
 from typing import Any
 
+import torch
 from lightning import Trainer
 from lightning.pytorch.strategies import (
     DDPStrategy,
@@ -147,3 +148,46 @@ def check_trainer(trainer: Trainer) -> None:
             f"precision {trainer.precision!r} would round the adapter after every update; use bf16-mixed, and the "
             f"backbone's own dtype for the frozen weights"
         )
+    if trainer.precision == "16-mixed" and is_sharded(trainer):
+        raise ValueError(
+            "precision '16-mixed' does not work under strategy 'fsdp2', whose gradients are in parts; "
+            "use bf16-mixed, or ddp"
+        )
+
+
+def check_halves(precision: str, dtype: torch.dtype | None) -> None:
+    """Raise where every frozen weight would be cast in every forward, from one half precision to the other.
+
+    Args:
+        precision: of the trainer.
+        dtype: of the frozen weights, if that is known.
+
+    Raises:
+        ValueError: naming what fits.
+    """
+    halves = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
+    computed = halves.get(precision)
+    if computed is not None and dtype in halves.values() and dtype != computed:
+        fits = next(name for name, half in halves.items() if half == dtype)
+        raise ValueError(
+            f"precision {precision!r} would cast every frozen weight from {str(dtype)[6:]} in every forward; give "
+            f"trainer.precision {fits}, or the backbone dtype {str(computed)[6:]}"
+        )
+
+
+def check_places(places: Iterable[tuple[str, str | None]], ranks: int) -> None:
+    """Raise for a teacher on a card of its own that every rank of a machine would fill.
+
+    Args:
+        places: teachers by name, and the device that each asks for.
+        ranks: on a machine.
+
+    Raises:
+        ValueError: naming teacher and card.
+    """
+    for name, place in places:
+        if ranks > 1 and place is not None and torch.device(place).type != "cpu" and ":" in place:
+            raise ValueError(
+                f"teacher {name!r} lives on {place}, where all {ranks} ranks of a machine would put it; leave its "
+                "device out, so that each has it on its own card, or say cpu"
+            )

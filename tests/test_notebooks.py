@@ -71,6 +71,13 @@ def test_the_reward_of_the_third_notebook_is_short_and_can_be_served(tmp_path, m
     assert (type(build(json.dumps(options.reward.as_dict()))).__name__, options.port) == ("Framed", 8080)
 
 
+def test_the_model_of_the_fifth_notebook_is_the_template():
+    (cell,) = tagged(read("05_your_model.ipynb"), "model")
+    source = re.search(r"'''\\\n(.*?)'''", cell.source, re.DOTALL).group(1)
+    assert source == (HOME.parent / "examples" / "your_model.py").read_text()
+    assert len(source[source.index("class YourBackbone") :].splitlines()) <= 70
+
+
 def read(name):
     return nbformat.read(HOME / name, as_version=4)
 

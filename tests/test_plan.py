@@ -11,11 +11,12 @@ import torch
 from flowopd.core import Anchored, ClippedSurrogate, StateRewardSurrogate, TransitionKL
 from flowopd.models import LoRASpec, Merge, SD3Backbone
 from flowopd.models.adapters.lora import adapter_parameters, add_adapter
+from flowopd.models.quantized import nbytes
 from flowopd.preflight import costs
 from flowopd.preflight.costs import flop_counter
 from flowopd.preflight.forwards import DECODED, SAMPLED, TRAINED, count_evaluation, count_forwards, pictures_per_update
 from flowopd.preflight.plan import Hardware, device_count, measured, optimizer_bytes, plan
-from flowopd.preflight.shapes import KNOWN, Shapes, nbytes, parameter_count
+from flowopd.preflight.shapes import KNOWN, Shapes, parameter_count
 from flowopd.preflight.tables import seconds, show_plan, show_speed
 from flowopd.rollouts import Sampler, SpreadSteps
 from flowopd.teachers import BaseTeacher, LoRATeacher

@@ -27,7 +27,7 @@ WANTED = (
     "teacher_geneval teacher_ocr teacher_pickscore teacher_deqa grpo_mix cold_start_merge cold_start_sft opd opd_no_mar"
 )
 WANTED += " opd_folded opd+sft opd+released opd+paper opd+branches evaluate"
-RANKS = {"24gb": 1, "1x80gb": 1, "8x80gb_fsdp": 8, "multinode": 16}
+RANKS = {"12gb": 1, "24gb": 1, "1x80gb": 1, "8x80gb_fsdp": 8, "multinode": 16}
 STUB = {"class_path": "test_sd35_configs.Redness"}
 
 
@@ -156,7 +156,7 @@ def test_every_recipe_builds_with_its_own_rewards(name, config, built):
 def test_every_overlay_builds_on_the_main_recipes(overlay, recipe, trained, config, built):
     cli = built("fit", *config(recipe), "--config", str(CONFIGS / "hardware" / f"{overlay}.yaml"), *CPU)
     assert cli.trainer.num_devices * cli.trainer.num_nodes == RANKS[overlay]
-    assert cli.model.backbone.activation_checkpointing == (overlay == "24gb")
+    assert cli.model.backbone.activation_checkpointing == (overlay in ("12gb", "24gb"))
     chunks = 128 // RANKS[overlay] // cli.datamodule.batch_size
     assert cli.trainer.accumulate_grad_batches == trained * chunks
 

@@ -35,6 +35,7 @@ from flowopd.cli.folders import folder_of
 from flowopd.cli.given import check_files, check_given, enums_told
 from flowopd.cli.main import heed_again
 from flowopd.cli.resume import check_changes, settings
+from flowopd.cli.seams import refuse_misfits
 from flowopd.cli.sentences import meant, sentence_of
 from flowopd.preflight.check import SelfCheck
 from flowopd.preflight.check import check as check_run
@@ -100,7 +101,9 @@ class FlowCLI(LightningCLI):
         check_files(words)
         with enums_told():
             self.config = parser.parse_args(words)
-        check_given(self.config[words[0]].as_dict())
+        given = self.config[words[0]].as_dict()
+        check_given(given)
+        refuse_misfits(given)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """What a run has besides a model, data and a trainer."""
@@ -260,7 +263,8 @@ class PlanCLI(FlowCLI):
         hardware = replace(hardware, accumulate=self._accumulate(hardware.ranks) or hardware.accumulate)
         planned = make_plan(policy, data, self.trainer.callbacks, hardware)  # type: ignore[attr-defined]
         show_plan(planned, hardware)
-        if torch.cuda.is_available():
+        whole = getattr(policy.backbone, "quantize", None) is None  # what is timed has random weights of all bits
+        if whole and torch.cuda.is_available():
             show_speed(planned, lambda: measured(policy, data, hardware.autocast, "cuda"))
 
 

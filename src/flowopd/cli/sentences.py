@@ -20,6 +20,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 import flowopd
+from flowopd.cli.seams import inherited_misfit, why_not
 from flowopd.core.names import perhaps
 
 PACKAGE = str(Path(flowopd.__file__).parent)
@@ -201,7 +202,13 @@ def _missing(leaf: Leaf, found: re.Match[str]) -> str:
 
 
 def _not_a(leaf: Leaf, found: re.Match[str]) -> str:
-    return _a(f"{found[1]} is not a {found[2]}")
+    return _a(f"{found[1]} is not a {found[2]}") + why_not(_import(found[1]), found[2])
+
+
+def _not_made(leaf: Leaf, found: re.Match[str]) -> str:
+    if fault := inherited_misfit(_import(found[1])):
+        return _a(f"{found[1]} is {fault}")
+    return f"{found[1]} is {found[2]}; name a class that implements it"
 
 
 Say = Callable[[Leaf, re.Match[str]], str]
@@ -233,7 +240,7 @@ PHRASES: dict[str, tuple[str, Say]] = {  # a new parser may say it otherwise: te
     "foreign callable": (r"^Expected '([\w.]+)' to be a subclass of <class '(?:\w+\.)*(\w+)'>", _not_a),
     "abstract class": (
         r"^Expected an instantiatable class, but ([\w.]+) is (abstract|a protocol)",
-        lambda _, found: f"{found[1]} is {found[2]}; name a class that implements it",
+        _not_made,
     ),
     "config of another type": (
         r"^Unexpected config: (.*)",

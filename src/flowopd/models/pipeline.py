@@ -20,6 +20,7 @@ from flowopd.core.schedules import FlowSchedule, Schedule
 from flowopd.models.adapters.lora import ATTENTION, use_adapter
 from flowopd.models.backbone import Backbone
 from flowopd.models.files import ModelFiles, reading
+from flowopd.models.quantized import Bits, encoders_config, transformer_config
 from flowopd.models.textcache import TextFolder, TextKey, TextMemory
 from flowopd.models.texts import TextEncoders
 from flowopd.records import Conditioning
@@ -52,6 +53,9 @@ class DiffusersBackbone(Backbone):
         activation_checkpointing: compute a block's activations again at backward instead of keeping them.
         guidance_scale: at which the model by itself is meant to be drawn, for its row of tables; default: that of its
             model card, as far as ``path`` tells which model it is (4.5 for Stable Diffusion 3.5 Medium).
+        quantize: keep the weights of the transformer's and the encoders' linear layers in fewer bits: ``nf4`` in half a
+            byte, by bitsandbytes, on a CUDA device; ``int8`` and ``fp8`` in one, by torchao. They are computed with in
+            ``dtype``, and cannot be spread over ranks.
 
     Raises:
         FileNotFoundError: on ``load``, if ``path`` is neither a pipeline folder nor a reachable model of the hub.
@@ -92,6 +96,7 @@ class DiffusersBackbone(Backbone):
         keep_encoders: bool | None = None,
         activation_checkpointing: bool = False,
         guidance_scale: float | None = None,
+        quantize: Bits | None = None,
     ) -> None:
         if dtype == "float16" and not self.float16:
             raise ValueError(f"a {self.library_class} overflows float16; choose bfloat16 or float32")
@@ -109,6 +114,7 @@ class DiffusersBackbone(Backbone):
         self.text_cache = text_cache
         self.text_cache_gb = text_cache_gb
         self.activation_checkpointing = activation_checkpointing
+        self.quantize = quantize
         self.guidance_scale = self._known_guidance() if guidance_scale is None else guidance_scale
         self.files = ModelFiles(path, revision, self.pipeline_class.__name__, self.transformer_class.__name__)
         memory = TextMemory(int(text_memory_gb * GB))
@@ -227,8 +233,8 @@ class DiffusersBackbone(Backbone):
 
     @property
     def identity(self) -> Hashable:
-        """The model, its precision, and its negative prompt."""
-        return self.path, self.revision, self.dtype, self.negative_prompt
+        """The model, its precision and bits, and its negative prompt."""
+        return self.path, self.revision, self.dtype, self.quantize, self.negative_prompt
 
     @property
     def network(self) -> nn.Module:
@@ -321,10 +327,13 @@ class DiffusersBackbone(Backbone):
         every, parts = [*self.encoders, *self.tokenizers], [part for part in self.text_parts() if self.reads(part)]
         for part in parts:
             self.files.part(part)
-        absent = dict.fromkeys({"vae", "scheduler", *every} - set(parts))
+        options: dict[str, Any] = dict.fromkeys({"vae", "scheduler", *every} - set(parts))
+        if self.quantize is not None:
+            encoders = [part for part in parts if part in self.encoders]
+            options["quantization_config"] = encoders_config(self.quantize, self.dtype, encoders)
         with reading(self.files.root):
             pipeline = self.pipeline_class.from_pretrained(
-                str(self.files.root), transformer=self.network, dtype=self.dtype, **absent
+                str(self.files.root), transformer=self.network, dtype=self.dtype, **options
             )
         for part in parts:
             _freeze(getattr(pipeline, part), self._device())
@@ -336,7 +345,8 @@ class DiffusersBackbone(Backbone):
 
     def _text_key(self, folder: Path) -> TextKey:
         model = self.files.identity(self.text_parts(), folder / "digests.json")
-        return TextKey(model, self.max_sequence_length, str(self.dtype))
+        precision = f"{self.dtype} {self.quantize}" if self.quantize else str(self.dtype)
+        return TextKey(model, self.max_sequence_length, precision)
 
     def velocity(
         self, x: Tensor, sigma: Tensor, cond: Conditioning, adapter: str | None = None, guidance_scale: float = 1.0
@@ -410,9 +420,10 @@ class DiffusersBackbone(Backbone):
             ValueError: naming tensors that are missing or too many.
         """
         folder = self.files.part("transformer" if self.files.index() else "")
+        bits = self.quantize and transformer_config(self.quantize, self.dtype)
         with reading(folder):
             network, info = self.transformer_class.from_pretrained(
-                str(folder), dtype=self.dtype, output_loading_info=True
+                str(folder), dtype=self.dtype, quantization_config=bits, output_loading_info=True
             )
         faults = (("lacks", info["missing_keys"]), ("has, besides what belongs to it,", info["unexpected_keys"]))
         for fault, keys in faults:

@@ -13,7 +13,12 @@ def shard(network: nn.Module, mesh: DeviceMesh) -> None:
 
     The rest is given back after every forward as well: between calls each parameter is its shard, so that whoever
     writes to it (an optimiser, an average) reaches the next forward.
+
+    Raises:
+        ValueError: if the network is quantised.
     """
+    if getattr(network, "hf_quantizer", None) is not None:
+        raise ValueError("a quantised base cannot be spread over ranks; leave out quantize, or choose strategy ddp")
     for block in blocks(network):
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
     fully_shard(network, mesh=mesh, reshard_after_forward=True)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from flowopd.models import AdapterSource, LoRASpec, Merge
 from flowopd.models.adapters.lora import adapter_parameters
+from flowopd.models.quantized import BYTES, nbytes
 from flowopd.models.texts import SMALL_ENCODERS
 from flowopd.preflight.costs import Cost, Speed, decode_bytes, decode_flop, forward_flop, measure, trace
 from flowopd.preflight.forwards import (
@@ -27,7 +28,7 @@ from flowopd.preflight.forwards import (
     part_names,
     pictures_per_update,
 )
-from flowopd.preflight.shapes import ADAPTER, Shapes, adapter_spec, nbytes
+from flowopd.preflight.shapes import ADAPTER, Shapes, adapter_spec
 from flowopd.rewards.model import resident_bytes
 from flowopd.teachers import FullTeacher, LoRATeacher, Teacher
 from flowopd.teachers.composed import identity, parts_of
@@ -118,6 +119,10 @@ def plan(policy: FlowPolicy, data: RolloutDataModule, callbacks: Sequence[Callba
     notes = list(student.notes)
     if data.mixture.by_gap:
         notes.append("tasks share the prompts alike, as they do until their gaps are known")
+    if bits := shapes.backbone.quantize:
+        notes.append(
+            f"frozen linear layers are kept as {bits}, {BYTES[bits]:.3g} bytes a weight; speed is not measured"
+        )
     checkpointing = shapes.backbone.activation_checkpointing
     cost = trace(shapes, student.spec, hardware.autocast)
     forwards = count_forwards(policy, data, callbacks, hardware.ranks, hardware.accumulate)
@@ -176,7 +181,7 @@ def _resident(
     notes: list[str],
 ) -> dict[str, float]:
     student = shapes.adapter_bytes(spec)
-    parts = {"frozen transformer": nbytes(shapes.transformer()), "adapter of the student": student}
+    parts = {"frozen transformer": shapes.transformer_bytes(), "adapter of the student": student}
     parts |= {f"adapter {name!r}": student for name in policy.adapters[1:]}
     parts |= {f"weights of {name}": size for name, size in _teachers(signals_among(callbacks), shapes, notes).items()}
     parts |= {"gradients": student, "optimiser": optimizer_bytes(policy.optimizer, shapes.adapted(spec))}
@@ -235,7 +240,7 @@ def _weights(teacher: Teacher, shapes: Shapes, notes: list[str]) -> Iterator[tup
             yield part.source, shapes.adapter_bytes(_known_spec(part.source, notes))
         elif isinstance(part, FullTeacher):
             model = Shapes(part.backbone)
-            yield part.backbone.identity, nbytes(model.transformer())
+            yield part.backbone.identity, model.transformer_bytes()
             if part.adapter is not None:
                 yield (part.backbone.identity, part.adapter), model.adapter_bytes(_known_spec(part.adapter, notes))
 

@@ -17,6 +17,7 @@ from flowopd.models import AdapterSource, Backbone, DiffusersBackbone, LoRASpec
 from flowopd.models.adapters.files import DIFFUSERS_WEIGHTS, WEIGHTS, read_adapter
 from flowopd.models.adapters.lora import adapter_parameters, add_adapter
 from flowopd.models.files import SCHEDULER_CONFIG
+from flowopd.models.quantized import nbytes
 from flowopd.preflight.known import KNOWN
 from flowopd.records import Conditioning
 
@@ -69,6 +70,10 @@ class Shapes:
             network = self.backbone.autoencoder_class.from_config(self.config("vae"))
         return nn.Module.to(network, self.backbone.dtype)
 
+    def transformer_bytes(self) -> float:
+        """Bytes of the frozen transformer as it will be kept."""
+        return nbytes(self.transformer(), self.backbone.quantize)
+
     @cached_property
     def latent(self) -> tuple[int, int, int]:
         """(C, H, W) of a latent."""
@@ -102,7 +107,7 @@ class Shapes:
                 continue
             with torch.device("meta"):
                 network = kind(kind.config_class(**self.config(part)))
-            sizes[part] = float(parameter_count(network) * self.backbone.dtype.itemsize)
+            sizes[part] = nbytes(nn.Module.to(network, self.backbone.dtype), self.backbone.quantize)
         return sizes
 
     def adapter_bytes(self, spec: LoRASpec) -> float:
@@ -144,11 +149,6 @@ def adapter_spec(source: AdapterSource) -> LoRASpec | None:
 def parameter_count(network: nn.Module) -> int:
     """Numbers in all parameters."""
     return sum(p.numel() for p in network.parameters())
-
-
-def nbytes(network: nn.Module) -> float:
-    """Bytes of all parameters and buffers."""
-    return float(sum(t.nbytes for t in (*network.parameters(), *network.buffers())))
 
 
 def materialise(network: nn.Module, device: torch.device | str, std: float = 0.02) -> None:

@@ -188,6 +188,7 @@ def _inject(network: nn.Module, name: str, config: LoraConfig) -> None:
     try:
         with warnings.catch_warnings():  # peft warns that there are several adapters; that is the point
             warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+            warnings.filterwarnings("ignore", message=".*without `get_apply_tensor_subclass`")  # to merge; we do not
             inject_adapter_in_model(config, network, adapter_name=name)
     except ValueError as error:
         raise ValueError(f"adapter {name!r} does not fit this network: {error}") from error
@@ -208,7 +209,9 @@ def _misfits(network: nn.Module, adapter: Adapter) -> list[str]:
         if module not in layers:
             faults.append(f"{module} is not part of this network, or neither a linear layer nor a convolution")
             continue
-        out, *into = layers[module].weight.shape
+        layer = layers[module]
+        linear = isinstance(layer, nn.Linear)  # whose weight, if it is quantised, may have another shape
+        out, *into = (layer.out_features, layer.in_features) if linear else layer.weight.shape
         expected = {"A": (part.rank, *into), "B": (out, part.rank, *(1 for _ in into[1:]))}
         for letter, factor in (("A", part.a), ("B", part.b)):
             if factor.shape != expected[letter]:

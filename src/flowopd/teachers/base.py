@@ -3,6 +3,7 @@
 import copy
 import hashlib
 from collections.abc import Hashable
+from dataclasses import astuple
 from typing import Protocol, Self, runtime_checkable
 
 import torch
@@ -40,12 +41,18 @@ class LoRATeacher:
         subfolder: folder or file inside ``path``.
         revision: branch, tag or commit on the hub.
         guidance_scale: the teacher's own guidance; 1 for none. Default: none, with a warning beside a guided student.
+        scale: how strong the adapter is used; 1 is as it was saved.
     """
 
     def __init__(
-        self, path: str, subfolder: str | None = None, revision: str | None = None, guidance_scale: float | None = None
+        self,
+        path: str,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        guidance_scale: float | None = None,
+        scale: float = 1.0,
     ) -> None:
-        self.source = AdapterSource(path, subfolder, revision)
+        self.source = AdapterSource(path, subfolder, revision, scale)
         within(0.0, 100.0, guidance_scale=guidance_scale)
         self.guidance_scale = 1.0 if guidance_scale is None else guidance_scale
         self._states_guidance = guidance_scale is not None
@@ -54,8 +61,9 @@ class LoRATeacher:
         self._fingerprint = ""
 
     def __repr__(self) -> str:
-        path, subfolder, revision = self.source.path, self.source.subfolder, self.source.revision
-        return f"LoRATeacher({path=}, {subfolder=}, {revision=}, guidance_scale={self.guidance_scale})"
+        path, subfolder, revision, scale = astuple(self.source)
+        strength = "" if scale == 1 else f", {scale=}"
+        return f"LoRATeacher({path=}, {subfolder=}, {revision=}, guidance_scale={self.guidance_scale}{strength})"
 
     def attach(self, backbone: Backbone) -> None:
         """Put the adapter on the backbone; the same adapter is carried once.
@@ -204,7 +212,7 @@ class FullTeacher(Shown):
 def _field(adapter: AdapterSource | None, guidance_scale: float | None) -> LoRATeacher | BaseTeacher:
     if adapter is None:
         return BaseTeacher(guidance_scale)
-    return LoRATeacher(adapter.path, adapter.subfolder, adapter.revision, guidance_scale)
+    return LoRATeacher(adapter.path, adapter.subfolder, adapter.revision, guidance_scale, adapter.scale)
 
 
 def _own(network: nn.Module) -> dict[str, Tensor]:

@@ -14,10 +14,11 @@ from typing import Any, NoReturn
 
 from flowopd.cli.main import heeding
 
-HELP = """Make one LoRA of many. Each is a teacher for the prompts of its own file, with its own trigger words and its own scale; no
-reward is asked. The student starts from their merge. At the end there are, in DIR: a sheet of the base, every LoRA, the
-merge and the student on the same prompts and noise (images/models.png), a table of the distances to every LoRA
-(results.md: fixed_kl, nats per latent dimension, lower is nearer), and the LoRA for ComfyUI and diffusers
+HELP = """Make one LoRA of many. Each is a teacher for the prompts of its own file, with its own trigger words
+and its own scale; no reward is asked. The student starts from their merge. At the end there are, in
+DIR: a sheet of the base, every LoRA, the merge and the student on the same prompts and noise
+(images/models.png), a table of the distances to every LoRA (results.md: fixed_kl, nats per latent
+dimension, lower is nearer), and the LoRA for ComfyUI and diffusers
 (adapter/pytorch_lora_weights.safetensors)."""
 
 EXAMPLES = """What a fit takes may be added, and comes last: --trainer.max_epochs 100, --config more.yaml.

@@ -22,6 +22,7 @@ TOOLS = {
     "convert": "flowopd.rewards.geneval.convert:main",
     "serve": "flowopd.rewards.remote.serve:main",
     "study": "flowopd.cli.study.command:main",
+    "push": "flowopd.cli.push:main",
     "report": "flowopd.cli.report:main",
 }
 VERBS = (*LIGHTNING, *RUNS, *TOOLS)
@@ -30,6 +31,7 @@ HELP = """usage: flowopd {fit,validate,test,predict,plan,check} --config FILE [-
        flowopd {study,data,convert,serve} [--OPTION VALUE ...]
        flowopd consolidate LORA [LORA ...] --base MODEL --prompts FILE [FILE ...] --out DIR
        flowopd report RUN [RUN ...] [--out FOLDER]
+       flowopd push RUN USER/NAME [--dry-run]
 
 Post-train a flow-matching text-to-image model on many tasks at once, by multi-teacher on-policy distillation.
 
@@ -44,6 +46,7 @@ Post-train a flow-matching text-to-image model on many tasks at once, by multi-t
   study      run many of these by one file, for several seeds each: what is done is skipped; a table over all
   data       write a prompt set as JSON lines: geneval, ocr, ocr_paper, pickapic, drawbench, compbench
   convert    turn mmdet's checkpoint of GenEval's detector into a folder that GenEval reads
+  push       a finished run as a model of the hub: adapter, pictures, scores, a card
   report     a page of one run, or of several side by side: HTML that stands alone, Markdown and PNGs
   serve      answer for a reward over HTTP: flowopd serve --reward flowopd.tiles.Crispness --port 8080
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from flowopd.prompts.files import NAMES, PromptList, read_prompt
@@ -10,11 +11,11 @@ from flowopd.records import Prompt
 
 
 class PromptDataset(PromptList):
-    """A column of a data set of the hub, or of a local folder of JSON, CSV or parquet; read by the library ``datasets``.
+    """A column of a data set of the hub, or of a folder of JSON, CSV or parquet, as the library ``datasets`` reads it.
 
     The other columns that hold texts, numbers, and lists or tables of them are metadata, which rewards read; pictures,
-    sounds, and what is called ``text`` or ``prompt`` beside the column are left out. All is read and checked at once. Without ``evaluation_prompts`` of its own, a run keeps a tenth
-    of the texts for evaluation and trains on the others.
+    sounds, and what is called ``text`` or ``prompt`` beside the column are left out. All is read and checked at once.
+    Without ``evaluation_prompts`` of its own, a run keeps a tenth of the texts for evaluation and trains on the others.
 
     Args:
         name: id of the hub, or a folder.
@@ -52,14 +53,15 @@ class PromptDataset(PromptList):
         if not len(rows):
             raise ValueError(f"{called} holds no prompt; choose another split")
 
-        def fields(row: dict[str, Any]) -> dict[str, Any]:
-            return {"text": row[column]} | {key: value for key, value in row.items() if key not in (column, *NAMES)}
-
         read = (
-            read_prompt(lambda row=row: fields(row), f"row {number} of {called}", task, parse, trigger)  # type: ignore[misc]
+            read_prompt(partial(_fields, row, column), f"row {number} of {called}", task, parse, trigger)
             for number, row in enumerate(rows)
         )
         super().__init__(list(read), called)
+
+
+def _fields(row: dict[str, Any], column: str) -> dict[str, Any]:
+    return {"text": row[column]} | {key: value for key, value in row.items() if key not in (column, *NAMES)}
 
 
 def _rows(name: str, column: str, split: str, subset: str | None, revision: str | None) -> Any:  # noqa: ANN401

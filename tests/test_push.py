@@ -33,7 +33,8 @@ CONFIG = """
 model: {init_args: {backbone: {init_args: {path: org/base}}, start: {init_args: {adapters: [org/ink, {path: mine}]}}}}
 trainer:
   callbacks:
-    - {class_path: flowopd.TeacherCallback, init_args: {tasks: [a], teacher: {init_args: {path: org/toy}}}}
+    - class_path: flowopd.TeacherCallback
+      init_args: {tasks: [a], teacher: {class_path: flowopd.LoRATeacher, init_args: {path: org/toy}}}
     - {class_path: flowopd.ResultsTable}
 """
 
@@ -198,7 +199,7 @@ def test_what_cannot_be_pushed_is_one_sentence(run, flowopd, capsys, mistake):
     assert re.search(f"^flowopd: error: {expected}", capsys.readouterr().err, re.MULTILINE)
 
 
-# ----------------------------------------------------------------------------------------------------------- the snippet
+# ---------------------------------------------------------------------------------------------------------- the snippet
 
 FAMILIES = {
     "sd3": (SD3Backbone, tiny.pipeline, {"resolution": 16, "max_sequence_length": 8}),

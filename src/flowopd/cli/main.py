@@ -41,8 +41,7 @@ Post-train a flow-matching text-to-image model on many tasks at once, by multi-t
   predict    draw held-out prompts to PNG files
   plan       say what a fit would take: memory, forwards and TFLOP per update; reads and downloads no weights
   check      check a fit before its long run: a verdict per line
-  consolidate
-             many LoRAs into one: each teaches the prompts of its file, no reward is asked
+  consolidate many LoRAs into one: each teaches the prompts of its file, no reward is asked
   study      run many of these by one file, for several seeds each: what is done is skipped; a table over all
   data       write a prompt set as JSON lines: geneval, ocr, ocr_paper, pickapic, drawbench, compbench
   convert    turn mmdet's checkpoint of GenEval's detector into a folder that GenEval reads

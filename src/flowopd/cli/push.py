@@ -163,7 +163,8 @@ def _card(folder: Path, repository: str, samples: Mapping[str, str]) -> ModelCar
     if samples:
         card.text = card.text.replace('"PROMPT"', json.dumps(next(iter(samples)), ensure_ascii=False), 1)
         card.data["widget"] = [{"text": prompt, "output": {"url": file}} for prompt, file in samples.items()]
-    card.data["base_model_relation"] = "adapter"
+    if card.data.base_model:
+        card.data["base_model_relation"] = "adapter"
     return card
 
 
@@ -209,18 +210,21 @@ def _sources(run: Path, card: ModelCard, license_id: str | None) -> str:
 
 
 def _adapters(config: Any) -> Iterator[str]:  # noqa: ANN401
-    """Paths of all adapters that a configuration names: teachers, the anchor, the start."""
-    if isinstance(config, list):
-        for item in config:
-            yield from _adapters(item)
-    elif isinstance(config, Mapping):
-        for name, value in config.items():
-            if name == "adapters" or (name in ("start", "adapter") and isinstance(value, str)):
-                yield from (one["path"] if isinstance(one, Mapping) else one for one in _listed(value))
-            elif name == "teacher" and isinstance(path := (value.get("init_args") or {}).get("path"), str):
-                yield path
-            else:
-                yield from _adapters(value)
+    """Paths of all that teaches, and of what the student starts from."""
+    callbacks = [one.get("init_args") or {} for one in config["trainer"].get("callbacks") or []]
+    yield from _paths([config["model"]["init_args"].get("start"), *(one.get("teacher") for one in callbacks)])
+
+
+def _paths(value: Any) -> Iterator[str]:  # noqa: ANN401
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        for item in value:
+            yield from _paths(item)
+    elif isinstance(value, Mapping):
+        for name, inner in value.items():
+            if name in ("path", "adapter") or not isinstance(inner, str):
+                yield from _paths(inner)
 
 
 def _base_of(config: Any) -> str:  # noqa: ANN401
@@ -248,7 +252,3 @@ def _facts(path: str) -> dict[str, str]:
         return {}
     names: Sequence[str] = ("license", "license_name", "license_link")
     return {name: str(data.get(name)) for name in names if data.get(name)}
-
-
-def _listed(value: Any) -> list[Any]:  # noqa: ANN401
-    return value if isinstance(value, list) else [value]

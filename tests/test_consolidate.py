@@ -19,6 +19,7 @@ from flowopd.models import AdapterSource, Merge, QwenImageBackbone, SD3Backbone,
 from flowopd.models.adapters.export import write_diffusers
 from flowopd.models.adapters.files import DIFFUSERS_WEIGHTS, read_adapter
 from flowopd.models.families import family_of
+from flowopd.preflight import plan as planning
 from flowopd.tiles import BASE, TilesPrompts, asset
 
 TASKS = ("composition", "text")
@@ -228,6 +229,21 @@ def test_a_model_is_known_by_its_name_or_by_its_pipeline(tiny_pipeline, tmp_path
     (tmp_path / "other" / "model_index.json").write_text('{"_class_name": "OtherPipeline"}')
     with pytest.raises(ValueError, match=r"is a OtherPipeline; known here are .*StableDiffusion3Pipeline"):
         family_of(str(tmp_path / "other"))
+
+
+@pytest.mark.parametrize(
+    ("base", "words"), [("stabilityai/stable-diffusion-3.5-medium", ()), ("Tongyi-MAI/Z-Image", ("--rank", 32))]
+)
+def test_three_loras_become_one_on_a_card_of_24_gb(base, words, built, monkeypatch):
+    """Of the published size, before anything is read; the LoRAs are taken for ones of rank 32."""
+    for name in ("count_forwards", "count_evaluation"):  # of which no memory depends
+        monkeypatch.setattr(planning, name, lambda *_: {})
+    loras = ("org/a", "org/b", "org/c", "--prompts", "text.txt", "--triggers", "x", "y", "z", "--out", "run")
+    on_cpu = ("--trainer.accelerator", "cpu", "--trainer.precision", "32-true")
+    cli = built("consolidate", *loras, "--base", base, *words, *on_cpu)
+    planned = planning.plan(cli.model, cli.datamodule, cli.trainer.callbacks, planning.Hardware(autocast=True))
+    print(base, planned.peak())
+    assert planned.peak() < 24e9
 
 
 def test_a_base_of_unknown_guidance_asks_for_it(tiny_pipeline, flowopd, capsys):

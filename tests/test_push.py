@@ -18,6 +18,7 @@ from huggingface_hub import ModelCard as HubCard
 from huggingface_hub import constants
 from PIL import Image
 
+from flowopd.cli import run as command_line
 from flowopd.cli.main import main
 from flowopd.core import LinearSchedule
 from flowopd.evaluation import Shots
@@ -179,6 +180,20 @@ def test_the_hub_gets_every_byte_and_tells_the_licences(run, flowopd, hub, capsy
     found = HubCard(hub["README.md"].decode())
     assert (found.data.license, found.data.license_name) == ("other", "toy-1")
     assert "| org/toy | other (toy-1): https://example.org/toy |" in found.text
+
+
+def test_a_fit_pushes_at_its_end_and_keeps_what_could_not_be_pushed(run, hub, capsys, monkeypatch):
+    command_line._push(run, "user/pets")
+    assert "README.md" in hub
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    command_line._push(run, "user/pets")
+    said = capsys.readouterr()
+    assert said.out.startswith("pushed: http://127.0.0.1")
+    assert re.search(
+        "^not pushed: cannot push to 'user/pets': .*; try `flowopd push run user/pets`$", said.err, re.MULTILINE
+    )
+    with pytest.raises(ValueError, match="pets"):
+        command_line.Repository("pets")
 
 
 MISTAKES = {

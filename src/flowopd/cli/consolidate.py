@@ -29,7 +29,8 @@ EXAMPLES = """What a fit takes may be added, and comes last: --trainer.max_epoch
   flowopd consolidate ... --print_config > both.yaml    the recipe, to edit and to run by flowopd fit"""
 
 OF_A_FIT = re.compile(
-    r"--(config|ckpt_path|seed_everything|checkpoint_every|updates_per_iteration|[a-z_]+\..+)(=.*)?$", re.DOTALL
+    r"--(config|ckpt_path|push_to|seed_everything|checkpoint_every|updates_per_iteration|[a-z_]+\..+?)(=.*)?$",
+    re.DOTALL,
 )
 """Words that are passed on."""
 
@@ -99,7 +100,9 @@ def _parser() -> ArgumentParser:
     reads.add_argument(
         "--guidance", nargs="+", type=float, metavar="G", help="of each; default: what the base is drawn at"
     )
-    reads.add_argument("--rank", type=int, metavar="R", help="of the student; default: the sum of their ranks")
+    reads.add_argument(
+        "--rank", type=int, metavar="R", help="of the student, which decides its memory; default: the sum of theirs"
+    )
     reads.add_argument("--resolution", type=int, metavar="PIXELS", help="of the pictures; default: 512")
     reads.add_argument("--updates", type=int, default=300, metavar="N", help="default: 300")
     reads.add_argument("--plan", action="store_true", help="say what it would take: memory, forwards, TFLOP")

@@ -61,7 +61,7 @@ from flowopd.training.ranks.strategies import check_name
 from flowopd.training.ranks.threads import Threads
 from flowopd.training.signals import signals_among
 
-Repository = restricted_string_type("Repository", REPOSITORY.pattern, docstring="user/name of the hub")
+Repository = restricted_string_type("Repository", f"^{REPOSITORY.pattern}$", docstring="user/name of the hub")
 
 STAGES = "FLOWOPD_STAGES"
 """What tells a run the adapters of the stages of its study, by name, as JSON."""

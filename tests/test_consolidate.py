@@ -173,7 +173,10 @@ def test_names_of_loras_differ_and_can_be_names_of_tasks():
 
 
 MISTAKES = {
-    "no base": ((*LORAS, "--prompts", "text.txt", "--out", "run"), r"required: --base; see flowopd consolidate --help"),
+    "no base": (
+        (*LORAS, "--prompts", "text.txt", "--out", "run"),
+        r"these are missing: --base; see flowopd consolidate --help",
+    ),
     "one file for all": (
         (*LORAS, "--base", "tiles", "--prompts", "text.txt", "--out", "run"),
         r"one file of prompts for several LoRAs needs --triggers",
@@ -183,7 +186,7 @@ MISTAKES = {
     "no such file": ((*WORDS[:5], "none.txt", "text.txt", "--out", "run"), r"prompt file 'none.txt' does not exist"),
     "no such LoRA": (("none.safetensors", *WORDS[1:]), r"adapter file 'none.safetensors' does not exist"),
     "no such base": ((*LORAS, "--base", "./none", *WORDS[4:]), r"model folder './none' does not exist"),
-    "word of ours": ((*WORDS, "--trigers", "sks"), r"unrecognized arguments: --trigers sks"),
+    "word of ours": ((*WORDS, "--trigers", "sks"), r"these are not known: --trigers sks; see"),
     "word of a fit": ((*WORDS, "--trainer.max_epoch", "5"), r"no option 'trainer.max_epoch' .*max_epochs"),
     "updates": ((*WORDS, "--updates", "0"), r"updates is 0"),
 }

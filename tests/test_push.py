@@ -160,7 +160,8 @@ def test_a_dry_run_writes_all_that_would_be_pushed_and_asks_nobody_offline(run, 
     assert all(Path("run/hub", one["output"]["url"]).is_file() for one in found.data["widget"])
     said = ("# pets", 'adapter = "user/pets"', "| student | 0.100 |", "No intervals", "Draw without guidance")
     assert all(words in found.text for words in (*said, "| mine | cc-by-4.0 |", "| org/toy | not known |"))
-    assert Image.open("run/hub/images/0.png").size == (256, 256)
+    with Image.open("run/hub/images/0.png") as picture:
+        assert picture.size == (256, 256)
 
 
 def test_scores_of_a_test_bring_their_intervals(run, flowopd):
@@ -200,7 +201,7 @@ MISTAKES = {
     "name": (("run", "pets"), r"'pets' is no repository of the hub; expected user/name"),
     "no run": (("mine", "user/pets"), r"'mine' holds no adapter; expected the folder of a finished fit"),
     "no results": (("run", "user/pets", "--results", "mine"), r"'mine' has no results.md"),
-    "word": (("run", "user/pets", "--dry"), r"unrecognized arguments: --dry; see flowopd push --help"),
+    "word": (("run", "user/pets", "--dry"), r"these are not known: --dry; see flowopd push --help"),
     "offline": (("run", "user/pets"), r"cannot push to 'user/pets': .*; is the hub reachable, .* is in run/hub"),
 }
 

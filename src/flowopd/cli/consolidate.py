@@ -6,13 +6,14 @@ import json
 import re
 import sys
 import tempfile
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from flowopd.cli.main import heeding
+from flowopd.cli.words import WordParser
 
 HELP = """Make one LoRA of many. Each is a teacher for the prompts of its own file, with its own trigger words
 and its own scale; no reward is asked. The student starts from their merge. At the end there are, in
@@ -70,15 +71,8 @@ def parted(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return own, others
 
 
-class _Parser(ArgumentParser):
-    """Refuses by raising."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; see flowopd consolidate --help")
-
-
-def _parser() -> ArgumentParser:
-    reads = _Parser(
+def _parser() -> WordParser:
+    reads = WordParser(
         prog="flowopd consolidate",
         description=HELP,
         epilog=EXAMPLES,

@@ -6,10 +6,11 @@ import json
 import re
 import shutil
 import sys
-from argparse import ArgumentParser
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
+
+from flowopd.cli.words import WordParser
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
@@ -36,15 +37,8 @@ def main() -> None:
         print(f"pushed: {upload(folder, words.repository, words.private)}")
 
 
-class _Parser(ArgumentParser):
-    """Refuses by raising."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; see flowopd push --help")
-
-
-def _parser() -> ArgumentParser:
-    reads = _Parser(prog="flowopd push", description=HELP, allow_abbrev=False)
+def _parser() -> WordParser:
+    reads = WordParser(prog="flowopd push", description=HELP, allow_abbrev=False)
     reads.add_argument("run", metavar="RUN", help="the folder of a finished fit")
     reads.add_argument("repository", metavar="USER/NAME", help="of the hub; made if it is not there")
     reads.add_argument("--dry-run", "--dry_run", action="store_true", help="write the folder, and push nothing")
@@ -240,14 +234,14 @@ def _licence(path: str) -> str:
 
 def _facts(path: str) -> dict[str, str]:
     """What a model's card says of its licence; nothing, where there is no card or the hub does not answer."""
-    from huggingface_hub import ModelCard, model_info
+    from huggingface_hub import HfApi, ModelCard
 
     file = Path(path) / "README.md"
     try:
         if Path(path).exists():
             data: Any = ModelCard.load(file).data if file.is_file() else {}
         else:
-            data = model_info(path, timeout=10).card_data or {} if REPOSITORY.fullmatch(path) else {}
+            data = HfApi().model_info(path, timeout=10).card_data or {} if REPOSITORY.fullmatch(path) else {}
     except Exception:  # a licence that cannot be found out is not known
         return {}
     names: Sequence[str] = ("license", "license_name", "license_link")

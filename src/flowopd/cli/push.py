@@ -149,7 +149,7 @@ def _card(folder: Path, repository: str, samples: Mapping[str, str]) -> ModelCar
     """The adapter's card, as somebody reads it who has it from the hub."""
     from huggingface_hub import ModelCard
 
-    card = ModelCard.load(folder / "README.md")
+    card: ModelCard = ModelCard.load(folder / "README.md")
     card.text = card.text.replace("# A LoRA adapter made by flowopd", f"# {repository.partition('/')[2]}", 1)
     card.text = re.sub(
         r"^adapter = .*$", lambda _: f"adapter = {json.dumps(repository)}", card.text, flags=re.MULTILINE
@@ -157,7 +157,7 @@ def _card(folder: Path, repository: str, samples: Mapping[str, str]) -> ModelCar
     if samples:
         card.text = card.text.replace('"PROMPT"', json.dumps(next(iter(samples)), ensure_ascii=False), 1)
         card.data["widget"] = [{"text": prompt, "output": {"url": file}} for prompt, file in samples.items()]
-    if card.data.base_model:
+    if card.data.get("base_model"):
         card.data["base_model_relation"] = "adapter"
     return card
 
@@ -190,9 +190,10 @@ def _sources(run: Path, card: ModelCard, license_id: str | None) -> str:
     from omegaconf import OmegaConf
 
     config = OmegaConf.to_container(OmegaConf.load(run / "config.yaml"), resolve=False)
-    base = _facts(card.data.base_model) if isinstance(card.data.base_model, str) else {}
+    named = card.data.get("base_model")
+    base = _facts(named) if isinstance(named, str) else {}
     if license_id or "license" in base:
-        card.data.license = license_id or base["license"]
+        card.data["license"] = license_id or base["license"]
     for name in ("license_name", "license_link"):
         if not license_id and name in base:
             card.data[name] = base[name]

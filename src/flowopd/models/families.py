@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from flowopd.models.files import local_folder
 from flowopd.models.pipeline import DiffusersBackbone
@@ -37,7 +38,7 @@ def family_of(path: str, revision: str | None = None) -> type[DiffusersBackbone]
     return found[0]
 
 
-def _families(kind: type[DiffusersBackbone]) -> Iterator[type[DiffusersBackbone]]:
+def _families(kind: Any) -> Iterator[type[DiffusersBackbone]]:  # noqa: ANN401 - mypy takes no abstract class
     """Every class of backbone that names its pipeline."""
     for family in kind.__subclasses__():
         if hasattr(family, "pipeline_class"):

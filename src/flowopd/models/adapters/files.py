@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flowopd.core.ranges import finite
+from flowopd.core.ranges import within
 from flowopd.models.adapters.config import check_module, plain_config, scale
 from flowopd.models.adapters.layouts import PEFT, find_factors
 from flowopd.models.adapters.lora import Adapter, Factors
@@ -49,7 +49,7 @@ class AdapterSource:
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        finite(scale=self.scale)
+        within(-100.0, 100.0, scale=self.scale)
 
     def __str__(self) -> str:
         inside = f"/{self.subfolder}" if self.subfolder else ""

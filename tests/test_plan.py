@@ -197,8 +197,11 @@ def test_sft_samples_by_the_teachers(tiny_pipeline):
 def test_an_evaluation_counts_its_pictures_and_what_callbacks_measure(tiny_pipeline):
     policy = tiny.policy(OPDStudent, tiny_pipeline, sampler=Sampler(num_steps=4, eval_steps=5))
     callbacks = [teacher("a", guidance_scale=3.0), teacher("b", guidance_scale=1.0), DriftMetrics(2), FixedStateKL(3)]
-    found = count_evaluation(policy, tiny.data("a", "b", evaluation_count=10), callbacks, ranks=2)
     once = {"teacher-a, once": 3 * 5 * 2, "teacher-b, once": 3 * 5}
+    unscored = count_evaluation(policy, tiny.data("a", "b", evaluation_count=10), callbacks)  # nothing is drawn then
+    assert unscored == {"held-out pictures": 0, "DriftMetrics": 4 * 5, "FixedStateKL": 6 * 4} | once
+    callbacks.append(RewardCallback("bright", tiny.Brightness(), weight=0))
+    found = count_evaluation(policy, tiny.data("a", "b", evaluation_count=10), callbacks, ranks=2)
     assert found == {"held-out pictures": 20 * 5 / 2, "DriftMetrics": 4 * 5, "FixedStateKL": 6 * 4} | once
     assert count_evaluation(policy, tiny.data("a", evaluation_count=0), callbacks) == {}
 

@@ -40,6 +40,14 @@ def test_a_parser_adds_its_facts_and_refuses_by_line(tmp_path):
         PromptFile(file(tmp_path, "p.txt", "abc", "abc!"), "draw", shout)
 
 
+def test_a_trigger_stands_before_every_text_that_lacks_it(tmp_path):
+    path = file(tmp_path, "p.txt", "a cat", "a dog, SKS Toy", "abc")
+    texts = [prompt.text for prompt in PromptFile(path, "draw", trigger="sks toy").prompts]
+    assert texts == ["sks toy a cat", "a dog, SKS Toy", "sks toy abc"]
+    (kept,) = PromptFile(file(tmp_path, "q.txt", "abc"), "draw", shout, "sks").prompts
+    assert (kept.text, kept.metadata) == ("sks abc", {"length": 3})  # a parser reads what the file says
+
+
 LINES = {  # of a .jsonl file, and what is said of them
     "{broken": r"it is not JSON, one object per line \(Expecting property name .* at column 2\)",
     "{": "it is not JSON, one object per line",

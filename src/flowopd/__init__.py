@@ -61,7 +61,7 @@ _HOMES = {
     ),
     "flowopd.rollouts": ("BetaSteps", "RowNoise", "Sampler", "SpreadSteps"),
     "flowopd.rewards": ("Reward",),
-    "flowopd.prompts": ("GapAware", "GenEvalPrompts", "OCRPrompts", "PromptFile", "PromptSource"),
+    "flowopd.prompts": ("GapAware", "GenEvalPrompts", "OCRPrompts", "PromptDataset", "PromptFile", "PromptSource"),
     "flowopd.records": ("Conditioning", "Prompt", "Rollout", "StepBatch"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -17,17 +17,21 @@ LIGHTNING = ("fit", "validate", "test", "predict")
 # The other verbs: each function reads sys.argv itself. Those of ``RUNS`` take the words of a fit.
 RUNS = {"plan": "flowopd.cli.run:plan", "check": "flowopd.cli.run:check"}
 TOOLS = {
+    "consolidate": "flowopd.cli.consolidate:main",
     "data": "flowopd.prompts.data:main",
     "convert": "flowopd.rewards.geneval.convert:main",
     "serve": "flowopd.rewards.remote.serve:main",
     "study": "flowopd.cli.study.command:main",
+    "push": "flowopd.cli.push:main",
     "report": "flowopd.cli.report:main",
 }
 VERBS = (*LIGHTNING, *RUNS, *TOOLS)
 
 HELP = """usage: flowopd {fit,validate,test,predict,plan,check} --config FILE [--config FILE ...] [--OPTION VALUE ...]
        flowopd {study,data,convert,serve} [--OPTION VALUE ...]
+       flowopd consolidate LORA [LORA ...] --base MODEL --prompts FILE [FILE ...] --out DIR
        flowopd report RUN [RUN ...] [--out FOLDER]
+       flowopd push RUN USER/NAME [--dry-run]
 
 Post-train a flow-matching text-to-image model on many tasks at once, by multi-teacher on-policy distillation.
 
@@ -37,9 +41,11 @@ Post-train a flow-matching text-to-image model on many tasks at once, by multi-t
   predict    draw held-out prompts to PNG files
   plan       say what a fit would take: memory, forwards and TFLOP per update; reads and downloads no weights
   check      check a fit before its long run: a verdict per line
+  consolidate many LoRAs into one: each teaches the prompts of its file, no reward is asked
   study      run many of these by one file, for several seeds each: what is done is skipped; a table over all
   data       write a prompt set as JSON lines: geneval, ocr, ocr_paper, pickapic, drawbench, compbench
   convert    turn mmdet's checkpoint of GenEval's detector into a folder that GenEval reads
+  push       a finished run as a model of the hub: adapter, pictures, scores, a card
   report     a page of one run, or of several side by side: HTML that stands alone, Markdown and PNGs
   serve      answer for a reward over HTTP: flowopd serve --reward flowopd.tiles.Crispness --port 8080
 

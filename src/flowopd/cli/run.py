@@ -17,7 +17,7 @@ from typing import Any
 import jsonargparse
 import torch
 from diffusers.utils.logging import disable_progress_bar as hide_diffusers_bars
-from jsonargparse.typing import PositiveInt
+from jsonargparse.typing import PositiveInt, restricted_string_type
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import callbacks
@@ -34,6 +34,7 @@ from flowopd.cli.differing import differing
 from flowopd.cli.folders import folder_of
 from flowopd.cli.given import check_files, check_given, enums_told
 from flowopd.cli.main import heed_again
+from flowopd.cli.push import REPOSITORY, make, upload
 from flowopd.cli.resume import check_changes, settings
 from flowopd.cli.seams import refuse_misfits
 from flowopd.cli.sentences import meant, sentence_of
@@ -62,6 +63,8 @@ from flowopd.training.ranks.lifecycle import OrderlyEnd, check_launch, is_first,
 from flowopd.training.ranks.strategies import check_name
 from flowopd.training.ranks.threads import Threads
 from flowopd.training.signals import signals_among
+
+Repository = restricted_string_type("Repository", f"^{REPOSITORY.pattern}$", docstring="user/name of the hub")
 
 STAGES = "FLOWOPD_STAGES"
 """What tells a run the adapters of the stages of its study, by name, as JSON."""
@@ -115,6 +118,9 @@ class FlowCLI(LightningCLI):
             type=PositiveInt | None,
             default=None,
             help="optimiser steps per iteration, whatever batches and ranks: sets trainer.accumulate_grad_batches",
+        )
+        parser.add_argument(
+            "--push_to", type=Repository | None, default=None, help="user/name of the hub, where a fit's adapter goes"
         )
 
     @override
@@ -170,6 +176,8 @@ class FlowCLI(LightningCLI):
             super()._run_subcommand(subcommand)
         if subcommand in ("fit", "test") and self.trainer.is_global_zero:
             _report(Path(self.trainer.default_root_dir))
+            if subcommand == "fit" and (repository := self._chosen("push_to")):
+                _push(Path(self.trainer.default_root_dir), repository)
         unscored = dict.fromkeys(name for names in getattr(self.model, "unscored", {}).values() for name in names)
         if unscored:  # the table is written by now
             raise BadInput(f"every score of {', '.join(map(repr, unscored))} failed; what is written has NaN there")
@@ -297,6 +305,14 @@ def _report(folder: Path) -> None:
         print(f"report: {write_report([folder])}", flush=True)
     except Exception as error:
         print(f"no report was written: {error}; see `flowopd report {folder}`", file=sys.stderr)
+
+
+def _push(folder: Path, repository: str) -> None:
+    """Push what was trained; if it cannot be, it is still there."""
+    try:
+        print(f"pushed: {upload(make(folder, repository), repository)}", flush=True)
+    except ValueError as error:
+        print(f"not pushed: {error}; try `flowopd push {folder} {repository}`", file=sys.stderr)
 
 
 def _recipe(model: LightningModule) -> FlowPolicy:

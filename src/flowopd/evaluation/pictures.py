@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
@@ -13,6 +14,17 @@ def save_png(image: Tensor, path: Path) -> None:
     """Save an image (3, H, W) in [0, 1]."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(to_uint8(image)).save(path)
+
+
+def save_strip(images: Tensor, path: Path) -> None:
+    """Save images (B, 3, H, W) in [0, 1] side by side."""
+    save_png(torch.cat(list(images), -1), path)
+
+
+def read_strip(path: Path, count: int) -> Tensor:
+    """The images (B, 3, H, W) in [0, 1] that ``save_strip`` saved, B = count, rounded to bytes."""
+    pixels = torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)
+    return torch.stack(pixels.chunk(count, -1)).float() / 255
 
 
 def contact_sheet(images: Mapping[str, Tensor], captions: Sequence[str], path: Path, side: float = 1.3) -> None:

@@ -74,8 +74,8 @@ def count_evaluation(
     policy, data = _counted(policy, counts), copy.copy(data)
     connect(policy, data, _counting(callbacks, counts))
     for batch in data.evaluation_loader():
-        policy.draw(batch.prompts, batch.noise)
-    found = {EVALUATED: counts.pop(SAMPLED) / ranks}
+        policy.columns(batch)
+    found = {EVALUATED: counts.pop(SAMPLED, 0) / ranks}
     for callback in callbacks:
         if isinstance(callback, DriftMetrics):
             few = data.few_held_out(callback.prompts_per_task)

@@ -5,7 +5,8 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,39 @@ LARGEST = 1 << 30  # bytes
 NAMES = ("text", "prompt")  # of the text in a JSON object
 
 
-class PromptFile:
+class PromptList:
+    """Prompts that are all known, drawn in shuffled passes.
+
+    Without ``evaluation_prompts`` of its own, a run keeps a tenth of the texts for evaluation and trains on the others.
+
+    Args:
+        prompts: all of them, one at least.
+        called: what they come from, for sentences.
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], called: str = "the list") -> None:
+        self.prompts = list(prompts)
+        self._called = called
+
+    def draw(self, count: int, seed: int) -> list[Prompt]:
+        """Return ``count`` prompts in shuffled passes over all; the same seed gives the same prompts."""
+        return shuffled_passes(self.prompts, count, seed)
+
+    def divided(self) -> tuple[PromptSource, PromptSource]:
+        """Nine tenths of the texts to train on, and one tenth, one at least, that is held out; a hash says which.
+
+        Raises:
+            ValueError: if there is only one text.
+        """
+        texts = sorted({prompt.text for prompt in self.prompts}, key=seed_of)
+        if len(texts) < 2:
+            raise ValueError(f"{self._called} has one text, none to hold out; give evaluation_prompts too")
+        kept = set(texts[: math.ceil(len(texts) / HELD_OUT)])
+        train, test = ([p for p in self.prompts if (p.text in kept) == held] for held in (False, True))
+        return PromptList(train, self._called), PromptList(test, self._called)
+
+
+class PromptFile(PromptList):
     """One prompt per line: plain text, or JSON objects with ``text`` or ``prompt`` and any metadata besides.
 
     The whole file is read and checked at once. Without ``evaluation_prompts`` of its own, a run keeps a tenth of the
@@ -30,6 +63,7 @@ class PromptFile:
         task: the task of its prompts.
         parse: import path of a function that turns a text into a ``Prompt`` and refuses texts that the rewards cannot
             judge, such as ``flowopd.tiles.parse``.
+        trigger: words that a LoRA listens to, put before every text that does not hold them.
 
     Raises:
         FileNotFoundError: if the file is missing.
@@ -42,49 +76,35 @@ class PromptFile:
     [Prompt(text='two cats', task='pets', metadata={'count': 2})]
     """
 
-    def __init__(self, path: str, task: str, parse: Callable[[str], Prompt] | None = None) -> None:
+    def __init__(self, path: str, task: str, parse: Callable[[str], Prompt] | None = None, trigger: str = "") -> None:
         self.path = path
         self.task = task
-        self._fields = _json if _kind(path) == ".jsonl" else _plain
-        lines = enumerate(lines_of(_content(path), path), 1)
-        self.prompts = [self._read(line, number, parse) for number, line in lines if line]
-        if not self.prompts:
+        fields = _json if _kind(path) == ".jsonl" else _plain
+        lines = [(number, line) for number, line in enumerate(lines_of(_content(path), path), 1) if line]
+        if not lines:
             raise ValueError(f"prompt file {path!r} holds no prompt; expected one per line")
-
-    def draw(self, count: int, seed: int) -> list[Prompt]:
-        """Return ``count`` prompts in shuffled passes over the file; the same seed gives the same prompts."""
-        return shuffled_passes(self.prompts, count, seed)
-
-    def divided(self) -> tuple[PromptSource, PromptSource]:
-        """Nine tenths of the texts to train on, and one tenth, one at least, that is held out; a hash says which.
-
-        Raises:
-            ValueError: if there is only one text.
-        """
-        texts = sorted({prompt.text for prompt in self.prompts}, key=seed_of)
-        if len(texts) < 2:
-            raise ValueError(f"prompt file {self.path!r} has one text, none to hold out; give evaluation_prompts too")
-        kept = set(texts[: math.ceil(len(texts) / HELD_OUT)])
-        train, test = ([p for p in self.prompts if (p.text in kept) == held] for held in (False, True))
-        return _Some(train), _Some(test)
-
-    def _read(self, line: str, number: int, parse: Callable[[str], Prompt] | None) -> Prompt:
-        try:
-            return _prompt(self._fields(line), self.task, parse)
-        except Exception as error:  # whatever a user's parse may raise
-            reason = error if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-            where = f"line {number} of {self.path!r}"
-            raise ValueError(f"{where} is not a prompt of task {self.task!r}: {reason}") from error
+        read = (read_prompt(partial(fields, line), f"line {n} of {path!r}", task, parse, trigger) for n, line in lines)
+        super().__init__(list(read), f"prompt file {path!r}")
 
 
-@dataclass(frozen=True)
-class _Some:
-    """Some prompts of a file."""
+def read_prompt(
+    fields: Callable[[], dict[str, Any]],
+    where: str,
+    task: str,
+    parse: Callable[[str], Prompt] | None = None,
+    trigger: str = "",
+) -> Prompt:
+    """A prompt of its fields: ``text`` or ``prompt``, and its metadata.
 
-    prompts: Sequence[Prompt]
-
-    def draw(self, count: int, seed: int) -> list[Prompt]:
-        return shuffled_passes(self.prompts, count, seed)
+    Raises:
+        ValueError: saying where it is, and why it is none.
+    """
+    try:
+        found = _prompt(fields(), task, parse)
+    except Exception as error:  # whatever a user's parse may raise
+        reason = error if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise ValueError(f"{where} is not a prompt of task {task!r}: {reason}") from error
+    return found if trigger.casefold() in found.text.casefold() else replace(found, text=f"{trigger} {found.text}")
 
 
 def _kind(path: str) -> str:

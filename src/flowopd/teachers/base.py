@@ -3,6 +3,7 @@
 import copy
 import hashlib
 from collections.abc import Hashable
+from dataclasses import astuple
 from typing import Protocol, Self, runtime_checkable
 
 import torch
@@ -44,6 +45,7 @@ class LoRATeacher:
         revision: branch, tag or commit on the hub.
         guidance_scale: the teacher's own guidance; 1 for none. Default: none, with a warning beside a guided student.
         embedded_guidance: the number that a model like FLUX.1 reads to guide itself; default: the backbone's.
+        scale: how strong the adapter is used; 1 is as it was saved.
     """
 
     def __init__(
@@ -53,8 +55,9 @@ class LoRATeacher:
         revision: str | None = None,
         guidance_scale: float | None = None,
         embedded_guidance: float | None = None,
+        scale: float = 1.0,
     ) -> None:
-        self.source = AdapterSource(path, subfolder, revision)
+        self.source = AdapterSource(path, subfolder, revision, scale)
         within(0.0, 100.0, guidance_scale=guidance_scale, embedded_guidance=embedded_guidance)
         self.embedded_guidance = embedded_guidance
         self.guidance_scale = 1.0 if guidance_scale is None else guidance_scale
@@ -64,8 +67,9 @@ class LoRATeacher:
         self._fingerprint = ""
 
     def __repr__(self) -> str:
-        path, subfolder, revision = self.source.path, self.source.subfolder, self.source.revision
+        path, subfolder, revision, scale = astuple(self.source)
         told = "" if self.embedded_guidance is None else f", embedded_guidance={self.embedded_guidance}"
+        told += "" if scale == 1 else f", {scale=}"
         return f"LoRATeacher({path=}, {subfolder=}, {revision=}, guidance_scale={self.guidance_scale}{told})"
 
     def attach(self, backbone: Backbone) -> None:
@@ -226,7 +230,7 @@ class FullTeacher(Shown):
 def _field(adapter: AdapterSource | None, guidance_scale: float | None) -> LoRATeacher | BaseTeacher:
     if adapter is None:
         return BaseTeacher(guidance_scale)
-    return LoRATeacher(adapter.path, adapter.subfolder, adapter.revision, guidance_scale)
+    return LoRATeacher(adapter.path, adapter.subfolder, adapter.revision, guidance_scale, scale=adapter.scale)
 
 
 def _network(backbone: Backbone | None) -> int:

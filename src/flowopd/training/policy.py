@@ -366,7 +366,12 @@ class FlowPolicy(LightningModule):
 
     @torch.no_grad()
     def columns(self, batch: EvaluationBatch, field: VelocityField | None = None) -> dict[str, Column]:
-        """Every column of an evaluation of what a velocity field draws: one computation for validation and tables."""
+        """Every column of an evaluation of what a velocity field draws: one computation for validation and tables.
+
+        Where nothing is scored, nothing is drawn.
+        """
+        if not self.signals.judging.scorers:
+            return {}
         with self.trainer.precision_plugin.forward_context():
             return self.signals.judging.columns(self.draw(batch.prompts, batch.noise, field), batch.prompts)
 

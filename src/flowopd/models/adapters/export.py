@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from diffusers import StableDiffusion3Pipeline
 from huggingface_hub import ModelCardData
@@ -29,6 +31,9 @@ class ModelCard:
         guidance_scale: at which the student was trained, and is to be drawn.
         pipeline: name of the diffusers pipeline that draws with the base, if there is one.
         call: what that guidance is called there, and its number.
+        drawing: what else the pipeline is called with to draw as here, by name.
+        dtype: the precision of the base.
+        absent: parts of the pipeline that are left out.
     """
 
     base: str
@@ -38,16 +43,36 @@ class ModelCard:
     guidance_scale: float = 1.0
     pipeline: str | None = "StableDiffusion3Pipeline"
     call: Mapping[str, float | str] = field(default_factory=dict)
+    drawing: Mapping[str, Any] = field(default_factory=dict)
+    dtype: str = "bfloat16"
+    absent: Sequence[str] = ()
 
-    def text(self, adapter: Adapter) -> str:
-        """The card in Markdown, with the hub's header."""
+    def text(self, adapter: Adapter, where: str = ".") -> str:
+        """The card in Markdown, with the hub's header.
+
+        Args:
+            adapter: what it is of.
+            where: the adapter's folder, or its model of the hub.
+        """
         rows = [("base model", self.base), ("made by", self.made_by), ("adapter", _shape(adapter)), *self.facts.items()]
         rows += [(name, f"{kind}, fingerprint {digest}") for name, kind, digest in self.teachers]
         rows += [("fingerprint", adapter.fingerprint()), ("versions", _versions())]
         table = "\n".join(["| | |", "|---|---|", *(f"| {name} | {_cell(value)} |" for name, value in rows)])
-        usage = USAGE.format(base=self.base, pipeline=self.pipeline, diffusers=DIFFUSERS_WEIGHTS, call=self._call())
-        text = f"# A LoRA adapter made by flowopd\n\n{table}\n\n{usage if self.pipeline else ''}{self._guidance()}\n"
+        usage = self._usage(where) if self.pipeline else ""
+        text = f"# A LoRA adapter made by flowopd\n\n{table}\n\n{usage}{self._guidance()}\n"
         return f"---\n{self._header()}\n---\n\n{text}"
+
+    def _usage(self, where: str) -> str:
+        """How to draw with it, as it stands."""
+        arguments = [self._call(), *(f"{name}={value!r}" for name, value in self.drawing.items())]
+        parts = [json.dumps(self.base), *(f"{part}=None" for part in self.absent), f"dtype=torch.{self.dtype}"]
+        return USAGE.format(
+            pipeline=self.pipeline,
+            where=json.dumps(where),
+            parts=", ".join(parts),
+            file=DIFFUSERS_WEIGHTS,
+            arguments=", ".join(arguments),
+        )
 
     def _call(self) -> str:
         """Guidance as an argument of the pipeline."""
@@ -78,24 +103,22 @@ class ModelCard:
 
 USAGE = """## Use
 
-With peft:
-
 ```python
-pipe = {pipeline}.from_pretrained("{base}", dtype=torch.bfloat16).to("cuda")
-pipe.transformer = PeftModel.from_pretrained(pipe.transformer, "PATH_OF_THIS_FOLDER").merge_and_unload()
+import torch
+from diffusers import {pipeline}
+
+adapter = {where}
+pipe = {pipeline}.from_pretrained({parts})
+pipe.load_lora_weights(adapter, weight_name="{file}")
+pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+pipe("PROMPT", {arguments}).images[0].save("picture.png")
 ```
 
-or with diffusers alone:
-
-```python
-pipe.load_lora_weights("PATH_OF_THIS_FOLDER", weight_name="{diffusers}")
-```
-
-```python
-pipe("PROMPT", {call}).images[0]
-```
+With peft instead: `pipe.transformer = peft.PeftModel.from_pretrained(pipe.transformer, adapter).merge_and_unload()`.
+In ComfyUI: `{file}`, put into `models/loras`, at strength 1.
 
 """
+"""What ``flowopd push`` finds again: the line of the adapter, and PROMPT."""
 
 
 def export_adapter(adapter: Adapter, folder: Path, card: ModelCard) -> None:
@@ -107,7 +130,7 @@ def export_adapter(adapter: Adapter, folder: Path, card: ModelCard) -> None:
     with complete_or_nothing(folder) as partial:
         write_peft(adapter, partial, card.hub_base())
         write_diffusers(adapter, partial)
-        (partial / "README.md").write_text(card.text(adapter), encoding="utf-8")
+        (partial / "README.md").write_text(card.text(adapter, str(folder)), encoding="utf-8")
 
 
 def write_diffusers(adapter: Adapter, folder: Path) -> None:

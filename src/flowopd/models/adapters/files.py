@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from flowopd.core.ranges import within
 from flowopd.models.adapters.config import check_module, plain_config, scale
 from flowopd.models.adapters.layouts import PEFT, find_factors
 from flowopd.models.adapters.lora import Adapter, Factors
@@ -39,19 +40,24 @@ class AdapterSource:
         path: a folder, a ``.safetensors`` file, or a model id of the hub.
         subfolder: folder, or ``.safetensors`` file, inside it.
         revision: branch, tag or commit on the hub.
+        scale: how strong it is used, as the strength of a LoRA in ComfyUI; 1 is as it was saved.
     """
 
     path: str
     subfolder: str | None = None
     revision: str | None = None
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        within(-100.0, 100.0, scale=self.scale)
 
     def __str__(self) -> str:
         inside = f"/{self.subfolder}" if self.subfolder else ""
         return f"{self.path}{inside}" + (f"@{self.revision}" if self.revision else "")
 
     def adapter(self) -> Adapter:
-        """Read it, as ``read_adapter``."""
-        return read_adapter(self.path, self.subfolder, self.revision)
+        """Read it, as ``read_adapter``, at its scale."""
+        return read_adapter(self.path, self.subfolder, self.revision).scaled(self.scale)
 
 
 def read_adapter(path: str, subfolder: str | None = None, revision: str | None = None) -> Adapter:

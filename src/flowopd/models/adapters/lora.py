@@ -117,6 +117,11 @@ class Adapter:
             for letter, factor in (("A", part.a), ("B", part.b))
         }
 
+    def scaled(self, scale: float) -> Adapter:
+        """The same changes times a number."""
+        parts = {module: part._replace(scale=scale * part.scale) for module, part in self.parts.items()}
+        return Adapter(parts, self.declared)
+
     def folded(self) -> Adapter:
         """The same changes, every module at scale 1."""
         return Adapter({module: part.folded() for module, part in self.parts.items()}, self.declared)

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
+import torch
 from lightning import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 from flowopd.core.shown import shown
+from flowopd.models import DiffusersBackbone
 from flowopd.models.adapters.export import ModelCard, export_adapter
+from flowopd.rollouts import Sampler
 from flowopd.training.callbacks.around import run_folder
 from flowopd.training.callbacks.ema import averaged
 from flowopd.training.policy import FlowPolicy
@@ -61,6 +67,38 @@ def card(policy: FlowPolicy) -> ModelCard:
         for name, teacher in policy.signals.teaching.teachers_by_name().items()
     ]
     backbone, scale = policy.backbone, policy.sampler.guidance_scale
-    base = getattr(backbone, "path", type(backbone).__name__)
-    made_by = type(policy).__name__
-    return ModelCard(base, made_by, facts, teachers, scale, backbone.library_class, backbone.call(scale))
+    told = ModelCard(
+        base=getattr(backbone, "path", type(backbone).__name__),
+        made_by=type(policy).__name__,
+        facts=facts,
+        teachers=teachers,
+        guidance_scale=scale,
+        pipeline=backbone.library_class,
+        call=backbone.call(scale),
+    )
+    if not isinstance(backbone, DiffusersBackbone):
+        return told
+    absent = [part for part in (*backbone.encoders, *backbone.tokenizers) if not backbone.reads(part)]
+    dtype = str(backbone.dtype).removeprefix("torch.")
+    return replace(told, drawing=drawing(policy.sampler, backbone), dtype=dtype, absent=absent)
+
+
+def drawing(sampler: Sampler, backbone: DiffusersBackbone) -> dict[str, Any]:
+    """What the stock pipeline is called with to draw as the policy is evaluated, besides its guidance."""
+    sides = backbone.resolution if isinstance(backbone.resolution, Sequence) else [backbone.resolution] * 2
+    size = dict(zip(("height", "width"), sides, strict=True)) if backbone.resolution else {}
+    return size | _steps(sampler, backbone) | {"max_sequence_length": backbone.max_sequence_length}
+
+
+def _steps(sampler: Sampler, backbone: DiffusersBackbone) -> dict[str, Any]:
+    """The steps of an evaluation: as many on the pipeline's own grid, else their noise levels, where it takes them."""
+    number = {"num_inference_steps": sampler.eval_steps}
+    try:
+        scheduler, stock = backbone.files.config("scheduler"), backbone.stock_sigmas(sampler.eval_steps)
+    except (OSError, ValueError):  # a card is worth no failure
+        return number
+    levels = sampler.schedule.sigmas(sampler.eval_steps)
+    shifted = scheduler.get("shift", 1.0) != 1 or scheduler.get("use_dynamic_shifting")
+    if shifted or torch.allclose(levels, stock.to(levels), atol=1e-4):
+        return number
+    return {"sigmas": [round(level, 6) for level in levels[:-1].tolist()]}

@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from flowopd.core.ranges import at_least
 from flowopd.evaluation import Shots, contact_sheet, save_png
+from flowopd.evaluation.pictures import read_strip, save_strip
 from flowopd.evaluation.shots import scores_of, small
 from flowopd.records import EvaluationBatch
 from flowopd.rollouts import VelocityField
@@ -21,10 +22,14 @@ from flowopd.training.callbacks.ema import averaged
 from flowopd.training.callbacks.results import models
 from flowopd.training.policy import FlowPolicy
 
+COLD_START = "cold_start.png"
+"""What the student drew before its first update, side by side."""
+
 
 class ImageGrid(Callback):
-    """Draws a few held-out prompts from fixed noise: at the start, along the way, and at the end with all teachers.
+    """Draws a few held-out prompts from fixed noise: at the start, along the way, and at the end with all models.
 
+    The last sheet has a row of the base, of every teacher, of the cold start if there is one, and of the student.
     ``images/`` holds sheets to look at, ``images/shots/`` the same pictures, small and with their scores, for reports.
 
     Args:
@@ -43,8 +48,11 @@ class ImageGrid(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        policy = policy_of(pl_module)
         if trainer.global_step == 0:  # a run that goes on has its picture, of the average
-            self._save(trainer, {"student": policy_of(pl_module).velocity}, trainer.current_epoch)
+            drawn = self._save(trainer, {"student": policy.velocity}, trainer.current_epoch)
+            if drawn and policy.start is not None and trainer.is_global_zero:
+                save_strip(drawn["student"], _pictures(trainer) / COLD_START)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -62,16 +70,20 @@ class ImageGrid(Callback):
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.on_fit_end(trainer, pl_module)
 
-    def _save(self, trainer: Trainer, models: dict[str, VelocityField], step: int = 0, name: str = "") -> None:
+    def _save(
+        self, trainer: Trainer, models: dict[str, VelocityField], step: int = 0, name: str = ""
+    ) -> dict[str, Tensor]:
         if not data_of(trainer).evaluation_count:
-            return
+            return {}
         policy, batch = policy_of(trainer.lightning_module), self._batch(trainer)
         images = {model: policy.draw(batch.prompts, batch.noise, field) for model, field in models.items()}
         if trainer.is_global_zero:
+            images = _with_start(images, _pictures(trainer) / COLD_START, len(batch.prompts))
             file = f"{name or f'iteration_{step:05d}'}.png"
             contact_sheet(images, [prompt.text for prompt in batch.prompts], _pictures(trainer) / file)
             _shots(policy, batch, images, step).save(_pictures(trainer) / "shots" / file)
             _to_tensorboard(trainer, images, step)
+        return images
 
     def _batch(self, trainer: Trainer) -> EvaluationBatch:
         data = data_of(trainer)
@@ -120,6 +132,15 @@ def _shots(policy: FlowPolicy, batch: EvaluationBatch, images: dict[str, Tensor]
         judged = {model: policy.signals.judging.columns(drawn, batch.prompts) for model, drawn in images.items()}
     pictures = {model: small(drawn) for model, drawn in images.items()}
     return Shots(step, texts, tasks, pictures, {model: scores_of(columns) for model, columns in judged.items()})
+
+
+def _with_start(images: dict[str, Tensor], file: Path, count: int) -> dict[str, Tensor]:
+    """The pictures of all models with those of the cold start before the student's, as the run drew them once."""
+    if len(images) == 1 or not file.is_file():
+        return images
+    before = dict(images)
+    student = before.pop("student")
+    return {**before, "cold-start": read_strip(file, count).to(student.device), "student": student}
 
 
 def _pictures(trainer: Trainer) -> Path:

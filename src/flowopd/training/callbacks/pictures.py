@@ -7,18 +7,20 @@ from pathlib import Path
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from typing_extensions import override
 
 from flowopd.core.ranges import at_least
 from flowopd.evaluation import Shots, contact_sheet, save_png
+from flowopd.evaluation.pictures import prompt_sheet
 from flowopd.evaluation.shots import scores_of, small
 from flowopd.records import EvaluationBatch
 from flowopd.rollouts import VelocityField
 from flowopd.training.callbacks.around import data_of, on_device, policy_of, run_folder
+from flowopd.training.callbacks.bars import say
 from flowopd.training.callbacks.ema import averaged
 from flowopd.training.callbacks.results import models
+from flowopd.training.callbacks.tracking import track_pictures
 from flowopd.training.policy import FlowPolicy
 
 
@@ -44,13 +46,13 @@ class ImageGrid(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step == 0:  # a run that goes on has its picture, of the average
-            self._save(trainer, {"student": policy_of(pl_module).velocity}, trainer.current_epoch)
+            self._save(trainer, _trained(pl_module), trainer.current_epoch)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.every and (trainer.current_epoch + 1) % self.every == 0:
             with averaged(trainer):
-                self._save(trainer, {"student": policy_of(pl_module).velocity}, trainer.current_epoch + 1)
+                self._save(trainer, _trained(pl_module), trainer.current_epoch + 1)
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -68,10 +70,10 @@ class ImageGrid(Callback):
         policy, batch = policy_of(trainer.lightning_module), self._batch(trainer)
         images = {model: policy.draw(batch.prompts, batch.noise, field) for model, field in models.items()}
         if trainer.is_global_zero:
-            file = f"{name or f'iteration_{step:05d}'}.png"
-            contact_sheet(images, [prompt.text for prompt in batch.prompts], _pictures(trainer) / file)
+            file, texts = f"{name or f'iteration_{step:05d}'}.png", [prompt.text for prompt in batch.prompts]
+            contact_sheet(images, texts, _pictures(trainer) / file)
             _shots(policy, batch, images, step).save(_pictures(trainer) / "shots" / file)
-            _to_tensorboard(trainer, images, step)
+            track_pictures(trainer, images, texts, _pictures(trainer) / file, step)
 
     def _batch(self, trainer: Trainer) -> EvaluationBatch:
         data = data_of(trainer)
@@ -79,9 +81,17 @@ class ImageGrid(Callback):
 
 
 class PictureFolder(Callback):
-    """Writes predicted images to ``<run>/images/<row>.png``, and their prompts to ``<run>/images/prompts.jsonl``."""
+    """Writes predicted images to ``<run>/images/<row>.png``, and their prompts to ``<run>/images/prompts.jsonl``.
 
-    def __init__(self) -> None:
+    ``<run>/sheet.png`` shows the first of every task, with their prompts.
+
+    Args:
+        on_sheet: pictures of a task on the sheet, at most.
+    """
+
+    def __init__(self, on_sheet: int = 8) -> None:
+        at_least(1, on_sheet=on_sheet)
+        self.on_sheet = on_sheet
         self._drawn = 0
 
     @override
@@ -111,6 +121,21 @@ class PictureFolder(Callback):
                 save_png(image, _pictures(trainer) / _png(row))
             self._drawn += 1
 
+    @override
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trainer.strategy.barrier()  # until all ranks have written theirs
+        if trainer.is_global_zero:
+            folder, prompts = _pictures(trainer), data_of(trainer).held_out()
+            tasks = dict.fromkeys(prompt.task for prompt in prompts)
+            rows = {task: [row for row, prompt in enumerate(prompts) if prompt.task == task] for task in tasks}
+            drawn = {
+                task: [(prompts[row].text, folder / _png(row)) for row in found[: self.on_sheet]]
+                for task, found in rows.items()
+            }
+            sheet = run_folder(trainer) / "sheet.png"
+            prompt_sheet(drawn, sheet)
+            say(f"{len(prompts)} pictures in {folder}, the first of every task in {sheet}")
+
 
 @torch.no_grad()
 def _shots(policy: FlowPolicy, batch: EvaluationBatch, images: dict[str, Tensor], step: int) -> Shots:
@@ -122,16 +147,14 @@ def _shots(policy: FlowPolicy, batch: EvaluationBatch, images: dict[str, Tensor]
     return Shots(step, texts, tasks, pictures, {model: scores_of(columns) for model, columns in judged.items()})
 
 
+def _trained(module: LightningModule) -> dict[str, VelocityField]:
+    policy = policy_of(module)
+    return {policy.name: policy.velocity}
+
+
 def _pictures(trainer: Trainer) -> Path:
     return run_folder(trainer) / "images"
 
 
 def _png(row: int) -> str:
     return f"{row:05d}.png"
-
-
-def _to_tensorboard(trainer: Trainer, images: dict[str, Tensor], step: int) -> None:
-    for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger):
-            for name, batch in images.items():
-                logger.experiment.add_images(f"images/{name}", batch.cpu(), step)

@@ -131,7 +131,8 @@ def test_an_outline_says_what_will_happen_and_touches_nothing(tiny_pipeline, tmp
     said = capsys.readouterr().out
     assert "trains      a student, from " in said
     assert "teachers    teacher-red (red)" in said
-    assert re.search(r"updates     \d+ of \d+ pictures, about 20 forwards a picture", said)  # 4 rolled out, 4 · (3 + 1)
+    assert "updates     12, 6 to an iteration of 8 pictures" in said
+    assert "forwards    about 16 a picture, a backward as two" in said  # 4 rolled out, 3 · (3 + 1) trained
     assert "evaluation  3 held-out pictures at the start and after every iteration; a table" in said
     assert re.search(r"estimate    \d+ s, by one batch that was timed here", said)
 

@@ -51,9 +51,10 @@ def _facts(policy: FlowPolicy, data: RolloutDataModule, trainer: Trainer, row: f
     evaluation, evaluations = _evaluation(policy, data, trainer)
     facts = {"trains": f"a {policy.name}, from {_start(policy)}"}
     facts |= {"teachers": said} if (said := _teachers(policy)) else {}
-    facts["updates"] = f"{left * work.updates:g} of {work.pictures:g} pictures"
+    several = f", {work.updates:g} to an iteration" if work.updates > 1 else ""
+    facts["updates"] = f"{left * work.updates:g}{several} of {work.updates * work.pictures:g} pictures"
     if work.forwards:
-        facts["updates"] += f", about {work.forwards / work.pictures:.3g} forwards a picture (a backward as two)"
+        facts["forwards"] = f"about {work.forwards / work.pictures:.3g} a picture, a backward as two"
         held_out = data.evaluation_count * len(data.evaluation_prompts) * policy.sampler.eval_steps / trainer.world_size
         rows = left * work.updates * work.forwards / trainer.world_size + evaluations * held_out
         estimate = f"{duration(rows * row)}, by one batch that was timed here; without rewards"

@@ -361,11 +361,9 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 def _loggers(folder: Path, steps: int, own: list[Logger]) -> list[Logger]:
     """The log of a run, up to where it goes on; beside it those that were asked for, by default TensorBoard's."""
-    options = {"name": "", "version": "tensorboard", "default_hp_metric": False}
-    return [
-        MetricsFile(folder / "metrics.csv", steps),
-        *(own or [TensorBoardLogger(folder, **options, purge_step=steps)]),
-    ]
+    if not own:
+        own = [TensorBoardLogger(folder, "", "tensorboard", default_hp_metric=False, purge_step=steps)]
+    return [MetricsFile(folder / "metrics.csv", steps), *own]
 
 
 def _listed(value: Any) -> list[Any]:  # noqa: ANN401

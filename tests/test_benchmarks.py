@@ -326,4 +326,4 @@ def test_a_stopped_command_goes_on_in_its_folder(tmp_path, monkeypatch, capsys):
     lines = (tmp_path / "run/benchmarks/text/base/pictures-0.jsonl").read_text().splitlines()
     assert [json.loads(line)["file"] for line in lines] == [f"{n:05d}_0.png" for n in range(3)]
     assert (tmp_path / "run/benchmarks/text/base/00002_0.png").is_file()
-    assert "| base |" in capsys.readouterr().out
+    assert "base" in capsys.readouterr().out

@@ -286,9 +286,9 @@ def test_every_overlay_of_the_main_job_builds(overlay, adapters, monkeypatch):
 RUNS = {  # overrides, and the models in the table
     "opd": (FUSED, ["base", "teacher-composition", "teacher-text", "teacher-crispness", "cold-start", "student"]),
     "opd_no_mar": (FUSED, ["base", "teacher-composition", "teacher-text", "cold-start", "student"]),
-    "teacher_text": (GROUPS, ["base", "student"]),
-    "grpo_mix": (GROUPS, ["base", "student"]),
-    "cold_start_sft": ({}, ["base", "teacher-composition", "teacher-text", "student"]),
+    "teacher_text": (GROUPS, ["base", "teacher"]),
+    "grpo_mix": (GROUPS, ["base", "teacher"]),
+    "cold_start_sft": ({}, ["base", "teacher-composition", "teacher-text", "cold-start"]),
 }
 
 
@@ -320,7 +320,7 @@ def test_a_run_leaves_everything_in_its_folder(config, flowopd, name):
 def test_a_merge_exports_its_adapter(config, flowopd):
     flowopd("fit", "--config", config("cold_start_merge"), *options(SMALL))
     assert {part.rank for part in read_adapter("run/adapter").parts.values()} == {12}
-    assert [row["model"] for row in table()] == ["base", "teacher-composition", "teacher-text", "student"]
+    assert [row["model"] for row in table()] == ["base", "teacher-composition", "teacher-text", "cold-start"]
 
 
 def test_a_finished_student_is_tested(config, flowopd):
@@ -337,6 +337,8 @@ def test_predict_draws_held_out_prompts_to_files(config, flowopd):
     for prompt in prompts:
         with Image.open(Path("run/images") / prompt["file"]) as picture:
             assert picture.size == (32, 32)
+    with Image.open("run/sheet.png") as sheet:
+        assert sheet.width > 4 * 32
 
 
 # ------------------------------------------------------------------------------------------------------------- going on
@@ -440,6 +442,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_has_saved_what_was_done(bare_o
         run.kill()
     assert run.returncode not in (0, None)
     assert "Traceback" not in output
+    assert f"{iterations_logged()} of 10000 · stopped" in Path("run/report/report.html").read_text()
     last = Path("run/checkpoints/last.ckpt")
     go_on = re.search(rf"go on with: flowopd (fit --config run/config.yaml --ckpt_path {last})\n", output)
     done = torch.load("run/checkpoints/last.ckpt", weights_only=True)["RolloutDataModule"]["iteration"]

@@ -4,6 +4,7 @@ import json
 import random
 from collections import Counter
 from functools import partial
+from statistics import fmean
 
 import pytest
 import tiny
@@ -19,7 +20,7 @@ from flowopd.preflight.plan import Hardware, plan
 from flowopd.prompts import GapAware, Mixture
 from flowopd.rollouts import Sampler, SpreadSteps
 from flowopd.teachers import BaseTeacher, LoRATeacher
-from flowopd.training import ColdStart, GRPOTeacher, OPDStudent, RewardCallback, TeacherCallback
+from flowopd.training import ColdStart, GRPOTeacher, OPDStudent, RewardCallback, RolloutDataModule, TeacherCallback
 
 TASKS = ["red", "green", "blue"]
 
@@ -175,11 +176,15 @@ def test_the_task_that_is_farther_gets_more_prompts_and_shares_and_gaps_are_logg
 
 
 @pytest.mark.parametrize("road", [{}, {"fused": True}], ids=["whole", "fused"])
-def test_the_distances_of_the_tasks_are_parts_of_the_distance_that_is_logged(tiny_pipeline, tmp_path, experts, road):
+def test_the_distances_of_the_tasks_are_parts_of_the_distance_that_is_logged(
+    tiny_pipeline, tmp_path, experts, road, monkeypatch
+):
+    learnt = []
+    monkeypatch.setattr(RolloutDataModule, "learn", lambda data, distances: learnt.append(distances))
     logged, _ = fit(tiny_pipeline, tmp_path, experts, data=road | {"ratio": {"red": 1, "green": 3}})
-    for seen in logged.seen:
-        parts = seen["distill/velocity_mse/red"] + 3 * seen["distill/velocity_mse/green"]
-        assert parts / 4 == pytest.approx(seen["distill/velocity_mse"], rel=1e-5)
+    for seen, distances in zip(logged.seen, learnt, strict=True):
+        red, green = (fmean(distances[task].values()) for task in ("red", "green"))
+        assert (red + 3 * green) / 4 == pytest.approx(seen["distill/velocity_mse"], rel=1e-5)
     assert not logged.of("mixture/")[-1]
 
 

@@ -181,6 +181,41 @@ def test_not_every_column_is_a_score(tmp_path):
     assert not [row for row in page.rows if row[:1] == ["guidance"]]
 
 
+def test_a_page_tells_no_path_from_the_root(tmp_path):
+    """Where a run lies is nobody's business: paths are told from its folder on."""
+    folders = [make(tmp_path / name) for name in ("run", "other")]
+    for folder in folders:
+        facts = {"command": f"flowopd fit --config {tmp_path}/mine.yaml", "model": "student"}
+        facts["settings"] = {"start": "/data/hidden/place/adapter", "root": str(folder), "base": str(tmp_path / "base")}
+        facts["settings"]["name"] = folder.name
+        line = {"time": "2026-01-01T00:00:00+00:00", "event": "begin", **facts}
+        (folder / "history.jsonl").write_text(json.dumps(line) + "\n")
+    for page in (write(folders[:1]), write(folders, tmp_path / "out")):
+        for text in (page.read_text(), page.with_name("report.md").read_text()):
+            assert str(tmp_path) not in text
+            assert "hidden" not in text
+    page = Parsed(write(folders[:1]))
+    assert ["base", "../base"] in page.rows
+    assert ["start", "…/place/adapter"] in page.rows
+    assert ["setting", "run", "other"] in (rows := Parsed(tmp_path / "out" / "report.html").rows)
+    assert not [row for row in rows if row[:1] in (["root"], ["base"])]  # alike, seen from each run
+
+
+def test_the_trained_model_is_called_what_the_run_says(tmp_path):
+    folder = make(tmp_path / "run", models=("base", "teacher"))
+    (folder / "history.jsonl").write_text('{"time": "2026-01-01T00:00:00+00:00", "event": "begin", "model": "teacher"}')
+    run, page = read_run(folder), Parsed(write([folder]))
+    assert (run.ours, run.teachers()) == ("teacher", [])
+    assert run.after("a") == run.number("teacher", "a")
+    assert ["score", "start", "teacher", "change", "base"] in page.rows
+
+
+def test_of_many_runs_the_best_are_looked_at_more_closely(tmp_path):
+    page = Parsed(write([make(tmp_path / f"run{i}", side=8) for i in range(10)], tmp_path / "out"))
+    assert any("the 8 runs with the highest average" in text for text in page.texts)
+    assert {f"run{i}" for i in range(10)} <= {row[0] for row in page.rows if row}
+
+
 def test_several_runs_stand_side_by_side(tmp_path):
     page = write([make(tmp_path / "x" / "run"), make(tmp_path / "y" / "run")], tmp_path / "out", "Two of them")
     parsed = Parsed(page)

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,7 +16,7 @@ from flowopd.cli.main import main
 from flowopd.cli.run import PlanCLI
 from flowopd.cli.study import command, facts, runs
 from flowopd.cli.study.file import read_study
-from flowopd.cli.study.table import Row, printed, spread, write_table
+from flowopd.cli.study.table import Row, printed, spread, trained, write_table
 from flowopd.preflight.forwards import DECODED, count_forwards
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -43,6 +44,8 @@ time.sleep(float(words.get("wait", 0)))
 used = [Path(path, "weights").read_text() for path in json.loads(os.environ["FLOWOPD_STAGES"]).values()]
 (folder / "adapter").mkdir(exist_ok=True)
 (folder / "adapter" / "weights").write_text(words.get("weights", f"{seed}"))
+if "shown" in words:
+    (folder / "config.yaml").write_text("{}")
 score = float(words.get("score", 0.5)) + 0.01 * seed**2
 (folder / "results.csv").write_text(f"model,text,average\\nbase,0.1,0.2\\nstudent,{score:.3f},{score + 0.1:.3f}\\n")
 (folder / "said.json").write_text(json.dumps(
@@ -209,11 +212,54 @@ def test_mean_and_spread_are_those_of_numpy():
     assert "| a | 3 | 0.00 | 0.317 ± 0.021 | 0.417 ± 0.021 |" in Path("out/study.md").read_text()
 
 
+def test_a_study_writes_a_page_of_all_its_runs(capsys):
+    write([stage("a", shown=1), stage("b", shown=1, seeds=[5])], seeds=[0, 1])
+    assert study() == 0
+    page = Path("out/report/report.html")
+    assert f"report: {page}" in capsys.readouterr().out
+    assert all(name in page.read_text() for name in ("a/seed_0", "a/seed_1", "b/seed_5"))
+
+
+def test_the_trained_model_of_a_table_is_its_last():
+    """Whatever it is called: a teacher's own run says teacher."""
+    assert trained({"base": {}, "teacher": {}}) == "teacher"
+    assert trained({}) == ""
+
+
+PARENT = """
+import subprocess, sys, time, os
+program = [sys.executable, "-c", "import time; time.sleep(60)"]
+words = [sys.executable, "-m", "flowopd.cli.study.tied", str(os.getpid()), *program]
+print(subprocess.Popen(words, start_new_session=True).pid, flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel of Linux tells")
+def test_a_study_that_is_killed_outright_leaves_no_run_behind():
+    parent = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True)
+    child = Path("/proc", parent.stdout.readline().strip())
+    deadline = time.monotonic() + 60
+    while b"tied" in (words := (child / "cmdline").read_bytes()) or not words:
+        time.sleep(0.02)  # it has become the program
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    while is_alive(child) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not is_alive(child)
+
+
+def is_alive(process):
+    """A process that has ended may still be listed, until somebody asks for its exit code."""
+    return (process / "stat").exists() and (process / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+
+
 def test_the_printed_table_fits_and_loses_nothing(tmp_path):
     names = [f"a_score_of_many_letters_{k}" for k in range(9)]
     rows = [Row("a model of a long name", 2, 1.5, [dict.fromkeys(names, 0.5), dict.fromkeys(names, 0.6)])]
     text = printed(rows)
-    assert max(map(len, text.splitlines())) <= 100
+    assert max(map(len, text.splitlines())) <= 80
     assert all(name in text for name in names)
     assert text.count("0.550 ± 0.071") == len(names)
     write_table(rows, tmp_path / "study")

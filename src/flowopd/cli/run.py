@@ -31,6 +31,7 @@ from transformers.utils.logging import disable_progress_bar as hide_transformers
 from typing_extensions import override
 
 from flowopd.cli.differing import differing
+from flowopd.cli.ending import report
 from flowopd.cli.folders import folder_of
 from flowopd.cli.given import check_files, check_given, enums_told
 from flowopd.cli.main import heed_again
@@ -42,10 +43,10 @@ from flowopd.preflight.check import SelfCheck
 from flowopd.preflight.check import check as check_run
 from flowopd.preflight.forwards import idle_trainer
 from flowopd.preflight.memory import out_of_memory
+from flowopd.preflight.outline import Outline
 from flowopd.preflight.plan import Hardware, measured
 from flowopd.preflight.plan import plan as make_plan
 from flowopd.preflight.tables import show_plan, show_speed
-from flowopd.report import write as write_report
 from flowopd.tiles import asset
 from flowopd.training import AdapterExport, FlowPolicy, PictureFolder, Progress, RolloutDataModule
 from flowopd.training.benchmarks import BENCHMARKS, Benchmarks
@@ -127,6 +128,8 @@ class FlowCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         if self.subcommand == "predict":
             self.config.predict.return_predictions = False  # pictures go to files, not to memory
+        elif self.subcommand in ("validate", "test"):
+            self.config[self.subcommand].verbose = False  # scores are shown once, rounded
         if (checkpoint := self._chosen("ckpt_path")) is None:
             return
         content = read_checkpoint(Path(checkpoint))
@@ -153,7 +156,7 @@ class FlowCLI(LightningCLI):
         own = _listed(self._get(self.config_init, "trainer.callbacks", default=None))
         signals_among(own)
         folder = self._run_folder()
-        kwargs = {"default_root_dir": str(folder.wanted), "enable_progress_bar": self.subcommand != "fit"} | kwargs
+        kwargs = {"default_root_dir": str(folder.wanted), "enable_progress_bar": False} | kwargs
         history = History(str(self.subcommand), differing(self.config[str(self.subcommand)].as_dict()))
         kwargs["callbacks"] = [folder, history, *self._standard_callbacks(), *own, *self._guards(own)]
         kwargs["plugins"] = [*_listed(self._get(self.config_init, "trainer.plugins", default=None)), *plugins()]
@@ -172,12 +175,16 @@ class FlowCLI(LightningCLI):
 
     @override
     def _run_subcommand(self, subcommand: str) -> None:
-        with self._telling_what_is_too_large():
-            super()._run_subcommand(subcommand)
-        if subcommand in ("fit", "test") and self.trainer.is_global_zero:
-            _report(Path(self.trainer.default_root_dir))
-            if subcommand == "fit" and (repository := self._chosen("push_to")):
-                _push(Path(self.trainer.default_root_dir), repository)
+        ended = False
+        try:
+            with self._telling_what_is_too_large():
+                super()._run_subcommand(subcommand)
+            ended = True
+        finally:
+            if subcommand in ("fit", "test") and (folder := _begun(self.trainer)):
+                report(folder, ended)
+        if subcommand == "fit" and self.trainer.is_global_zero and (repository := self._chosen("push_to")):
+            _push(Path(self.trainer.default_root_dir), repository)
         unscored = dict.fromkeys(name for names in getattr(self.model, "unscored", {}).values() for name in names)
         if unscored:  # the table is written by now
             raise BadInput(f"every score of {', '.join(map(repr, unscored))} failed; what is written has NaN there")
@@ -216,10 +223,11 @@ class FlowCLI(LightningCLI):
 
     def _standard_callbacks(self) -> list[Callback]:
         if self.subcommand != "fit":
-            return [OrderlyEnd(), Threads(), *([PictureFolder()] if self.subcommand == "predict" else [])]
+            return [OrderlyEnd(), Threads(), Progress(), *([PictureFolder()] if self.subcommand == "predict" else [])]
         rate = [] if self._chosen("trainer.logger") is False else [LearningRateMonitor(logging_interval="epoch")]
         checkpoints = Checkpoints(self._chosen("checkpoint_every"))
-        return [OrderlyEnd(), Threads(), Spent(), AdapterExport(), Progress(), checkpoints, *rate]
+        outline = [Outline()] if self.subcommand == "fit" else []
+        return [*outline, OrderlyEnd(), Threads(), Spent(), AdapterExport(), Progress(), checkpoints, *rate]
 
     def _guards(self, own: list[Any]) -> list[Callback]:
         """What looks after a fit, unless the config brings its own."""
@@ -252,7 +260,7 @@ class FlowCLI(LightningCLI):
         if chosen is False:
             return None
         own = [] if chosen is True else _listed(chosen)
-        return lambda folder, steps: own or _loggers(folder, steps)
+        return lambda folder, steps: _loggers(folder, steps, own)
 
 
 class PlanCLI(FlowCLI):
@@ -299,12 +307,10 @@ class CheckCLI(FlowCLI):
             raise SystemExit(1)
 
 
-def _report(folder: Path) -> None:
-    """Write the report of a run that has ended; whatever is wrong with it is no fault of the run."""
-    try:
-        print(f"report: {write_report([folder])}", flush=True)
-    except Exception as error:
-        print(f"no report was written: {error}; see `flowopd report {folder}`", file=sys.stderr)
+def _begun(trainer: Trainer) -> Path | None:
+    """The folder of the run that has begun in this process, if it is the one that writes there."""
+    folders = [one.folder for one in trainer.callbacks if isinstance(one, RunFolder)]  # type: ignore[attr-defined]
+    return next(iter(folders), None)
 
 
 def _push(folder: Path, repository: str) -> None:
@@ -381,17 +387,18 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", message=".*Experiment logs directory .* exists and is not empty.*")
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
     warnings.filterwarnings("ignore", message="FSDP2-wrapped .* returned a view tensor")  # FLUX changes none in place
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_tip)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_news)
 
 
-def _is_no_tip(record: logging.LogRecord) -> bool:
-    return "Tip: For seamless" not in record.getMessage()
+def _is_news(record: logging.LogRecord) -> bool:
+    return not any(said in record.getMessage() for said in ("Tip: For seamless", "TPU available", "` reached."))
 
 
-def _loggers(folder: Path, steps: int) -> list[Logger]:
-    """The log of a run, up to where it goes on."""
-    curves = TensorBoardLogger(folder, name="", version="tensorboard", purge_step=steps)
-    return [MetricsFile(folder / "metrics.csv", steps), curves]
+def _loggers(folder: Path, steps: int, own: list[Logger]) -> list[Logger]:
+    """The log of a run, up to where it goes on; beside it those that were asked for, by default TensorBoard's."""
+    if not own:
+        own = [TensorBoardLogger(folder, "", "tensorboard", default_hp_metric=False, purge_step=steps)]
+    return [MetricsFile(folder / "metrics.csv", steps), *own]
 
 
 def _listed(value: Any) -> list[Any]:  # noqa: ANN401

@@ -193,7 +193,7 @@ class Benchmark:
 
     def identity(self) -> dict[str, Any]:
         """What its pictures and scores follow from, but for the prompts, which records name."""
-        scorers = {name: _made(reward) for name, reward in (self.rewards | self.judges).items()}
+        scorers = {name: made(reward) for name, reward in (self.rewards | self.judges).items()}
         return {
             "images_per_prompt": self.images_per_prompt,
             "steps": self.steps,
@@ -202,7 +202,7 @@ class Benchmark:
         }
 
 
-def _made(reward: Reward) -> str:
+def made(reward: Reward) -> str:
     """A reward as it would be made again, without what changes no score."""
     names = [name for name in inspect.signature(type(reward)).parameters if name not in HOW and hasattr(reward, name)]
     return f"{type(reward).__name__}({', '.join(f'{name}={shown(getattr(reward, name))}' for name in names)})"

@@ -49,6 +49,26 @@ def contact_sheet(images: Mapping[str, Tensor], captions: Sequence[str], path: P
     figure.savefig(path)
 
 
+def prompt_sheet(pictures: Mapping[str, Sequence[tuple[str, Path]]], path: Path, side: float = 1.3) -> None:
+    """Save a sheet of pictures: a row per task, every picture below its own prompt.
+
+    Args:
+        pictures: prompts and picture files of each task.
+        path: a ``.png``.
+        side: width of a picture, in inches at 110 dpi.
+    """
+    most = max(map(len, pictures.values()))
+    figure = Figure(figsize=(side * most, (side + 0.45) * len(pictures)), layout="constrained", dpi=110)
+    for row, (task, found) in zip(figure.subplots(len(pictures), most, squeeze=False), pictures.items(), strict=True):
+        for axis in row:
+            axis.set(xticks=[], yticks=[], frame_on=False)
+        row[0].set_ylabel(task, fontsize=8)
+        for axis, (text, file) in zip(row, found, strict=False):
+            axis.imshow(np.asarray(Image.open(file)), interpolation="nearest")
+            axis.set_title(_wrapped(text), fontsize=6)
+    figure.savefig(path)
+
+
 def to_uint8(image: Tensor) -> np.ndarray:
     """An image (3, H, W) in [0, 1] as (H, W, 3) of bytes."""
     array: np.ndarray = (image.detach().float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()

@@ -261,7 +261,7 @@ def guidance_is_meant(subject: Subject) -> str:
     if not teachers:
         raise Skipped("there is no teacher")
     scales = subject.policy.guidance()
-    said = ", ".join(f"{name} {scales[name]}" for name in ("base", "student", *teachers))
+    said = ", ".join(f"{name} {scales[name]}" for name in ("base", subject.policy.name, *teachers))
     parts = [(name, part) for name, teacher in teachers.items() for part in parts_of([teacher])]
     unlike = [name for name, part in parts if not states_guidance(part) and guidance_of(part) != student]
     if unlike:

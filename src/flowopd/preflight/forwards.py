@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from lightning import Callback, Trainer
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from torch import Tensor, nn
 
 from flowopd.core.objectives import anchor_share
@@ -23,6 +24,7 @@ from flowopd.teachers.composed import at_guidance, identity, parts_of
 from flowopd.training.callbacks.drift import DriftMetrics
 from flowopd.training.callbacks.fixed_states import FixedStateKL
 from flowopd.training.distances import Distances
+from flowopd.training.losses import Losses
 from flowopd.training.policy import FlowPolicy
 from flowopd.training.rollout_data import RolloutDataModule
 from flowopd.training.signals import AnchorCallback, RewardCallback, TeacherCallback
@@ -35,7 +37,12 @@ EVALUATED = "held-out pictures"
 
 
 def count_forwards(
-    policy: FlowPolicy, data: RolloutDataModule, callbacks: Sequence[Callback], ranks: int = 1, accumulate: int = 1
+    policy: FlowPolicy,
+    data: RolloutDataModule,
+    callbacks: Sequence[Callback],
+    ranks: int = 1,
+    accumulate: int = 1,
+    draws: int = DRAWS,
 ) -> dict[str, float]:
     """Rows of the transformer per optimiser step and rank, guidance included, and pictures decoded.
 
@@ -45,11 +52,11 @@ def count_forwards(
     counts = Counter[str]()
     policy, data = _counted(policy, counts), copy.copy(data)
     policy.log_dict = _say_nothing  # type: ignore[method-assign]
-    policy.distances = Distances(policy.sampler.num_steps)
+    policy.distances, policy.losses, policy.watchers = Distances(policy.sampler.num_steps), Losses(), []
     connect(policy, data, _counting(callbacks, counts), accumulate)
     turns = sum(data.mixture.ratio.values()) if data.mixture.alternate else 1
     drawn = policy.sampler.steps is not None or anchor_share(policy.objective) < 1
-    turns *= DRAWS if drawn else 1  # a rollout stops at its last trained state, wherever that is
+    turns *= draws if drawn else 1  # a rollout stops at its last trained state, wherever that is
     updates = 0
     for _ in range(turns):
         batches = 0
@@ -116,6 +123,7 @@ def idle_trainer(callbacks: Sequence[Callback] = (), accumulate: int = 1) -> Tra
         enable_model_summary=False,
         callbacks=list(callbacks),
         accumulate_grad_batches=accumulate,
+        plugins=[LightningEnvironment()],  # whoever started this process has nothing to say here
     )
     logger.setLevel(level)
     return trainer

@@ -14,13 +14,14 @@ from flowopd.evaluation import Shots
 from flowopd.report import plots
 from flowopd.report.blocks import Block, Cards, Figures, Film, Grid, Page, Picture, Points, Section, Text, encoded, slug
 from flowopd.report.plots import COLOURS, MUTED, Line, Path2D
-from flowopd.report.runs import BEFORE, OURS, Curve, Run
+from flowopd.report.runs import BEFORE, Curve, Run
 from flowopd.report.words import (
     changes,
     comparison,
     duration,
     evaluated_otherwise,
     headline,
+    near,
     number,
     origin,
     signed,
@@ -31,6 +32,9 @@ FRAMES, COLUMNS, THUMB = 12, 8, 128
 
 PANELS, ROWS = 12, 200
 """Most plots of one kind, and most rows of numbers."""
+
+CLOSER = 8
+"""Most runs that are looked at more closely, as many as there are colours."""
 
 T = TypeVar("T")
 
@@ -58,15 +62,18 @@ def page_of_runs(runs: Sequence[Run], title: str) -> Page:
     """Several runs side by side."""
     states = ", ".join(dict.fromkeys(run.state for run in runs))
     warning = evaluated_otherwise(runs)
+    closer = sorted(runs, key=lambda run: -(run.after("average") or 0))[:CLOSER] if len(runs) > CLOSER else runs
+    told = f"Curves and pictures are those of the {CLOSER} runs with the highest average." * (len(runs) > CLOSER)
+    texts = [text for text in (warning, told) if text]
     sections = [
-        Section("Side by side", [*([Text([warning])] if warning else []), *_side_by_side(runs)]),
-        Section("Scores along training", _scores(runs)),
-        Section("Seesaw", _seesaws(runs)),
-        Section("Drift", _drift(runs)),
+        Section("Side by side", [*([Text(texts)] if texts else []), *_side_by_side(runs)]),
+        Section("Scores along training", _scores(closer)),
+        Section("Seesaw", _seesaws(closer)),
+        Section("Drift", _drift(closer)),
         Section("What they took", _cost(runs)),
         Section("Settings that differ", _settings_apart(runs)),
     ]
-    for run in runs:
+    for run in closer:
         inner = [Text([headline(run)]), *_models(run), *_pictures(run, prefix=slug(run.name))]
         sections.append(Section(run.name, inner))
     key = [(run.name, number(run.after("average"))) for run in runs if run.after("average") is not None][:6]
@@ -95,7 +102,7 @@ def _told(run: Run) -> list[Block]:
         against = [best[0], number(best[1]), signed(after - best[1])] if best else [""] * len(teachers)
         beside = [number(run.number(model, score)) for model in base]
         rows.append([score, number(before), number(after), signed(after - before), *beside, *against])
-    header = ["score", start, "student", "change", *base, *teachers]
+    header = ["score", start, run.ours, "change", *base, *teachers]
     count = _of(run.config.get("data"), "evaluation_count")
     held = f"Every score is a mean over {count} held-out prompts per task" if count else "Scores are means"
     note = f"{held}, of one model with one seed; small differences may be chance."
@@ -108,14 +115,14 @@ def _told(run: Run) -> list[Block]:
 def _models(run: Run) -> list[Block]:
     found: list[Block] = []
     if run.table:
-        found.append(_table(run.table, run.scores))
+        found.append(_table(run.table, run.scores, run.ours))
     if run.merge:
-        found.append(_table(run.merge, (), "What the merge kept of each adapter"))
+        found.append(_table(run.merge, (), summary="What the merge kept of each adapter"))
     return found
 
 
-def _table(table: Mapping[str, Mapping[str, str]], scores: Sequence[str], summary: str = "") -> Grid:
-    """Cells as they stand in the file; the best of every score is marked, and so is the student."""
+def _table(table: Mapping[str, Mapping[str, str]], scores: Sequence[str], ours: str = "", summary: str = "") -> Grid:
+    """Cells as they stand in the file; the best of every score is marked, and so is the trained model."""
     names = list(dict.fromkeys(name for row in table.values() for name in row))
     rows = [[model, *(row.get(name, "") for name in names)] for model, row in table.items()]
     best = set()
@@ -124,7 +131,7 @@ def _table(table: Mapping[str, Mapping[str, str]], scores: Sequence[str], summar
         known = [value for value in values if value is not None]
         if name in scores and known:
             best |= {(i, column) for i, value in enumerate(values) if value == max(known)}
-    marked = frozenset(i for i, row in enumerate(rows) if row[0] == OURS)
+    marked = frozenset(i for i, row in enumerate(rows) if row[0] == ours)
     return Grid(["model", *names], rows, frozenset(best), marked, summary)
 
 
@@ -158,10 +165,10 @@ def _pictures(run: Run, prefix: str = "models") -> list[Block]:
     early = next((one for one in run.shots if one.iteration == 0), None)
     shown = dict(shots.pictures)
     scores = dict(shots.scores)
-    if early is not None and OURS in early.pictures and list(early.prompts) == list(shots.prompts):
+    if early is not None and run.ours in early.pictures and list(early.prompts) == list(shots.prompts):
         before = {model: shown.pop(model) for model in ("base",) if model in shown}
-        shown = {**before, "before training": early.pictures[OURS], **shown}
-        scores["before training"] = early.scores.get(OURS, {})
+        shown = {**before, "before training": early.pictures[run.ours], **shown}
+        scores["before training"] = early.scores.get(run.ours, {})
     cards = []
     for column, prompt in list(enumerate(shots.prompts))[:COLUMNS]:
         card = []
@@ -198,7 +205,9 @@ def _film(run: Run) -> list[Block]:
         return []
     prompts = shots[0].prompts
     rows = [(f"iteration {one.iteration}", _strip(one, prompts)) for one in shots if list(one.prompts) == list(prompts)]
-    told = "Each row is the student after so many iterations; each column is one prompt, always from the same noise."
+    told = (
+        "Each row is the trained model after so many iterations; each column is one prompt, always from the same noise."
+    )
     return [Text([told]), Film(list(prompts)[:COLUMNS], rows)]
 
 
@@ -240,7 +249,7 @@ def _score_lines(runs: Sequence[Run], score: str) -> list[Line]:
         own = [(run.name, run.curve(score)) for run in runs]
         return [Line(name, curve, COLOURS[i % len(COLOURS)]) for i, (name, curve) in enumerate(own) if curve]
     (run,) = runs
-    found = [Line(OURS, run.curve(score), COLOURS[0])]
+    found = [Line(run.ours, run.curve(score), COLOURS[0])]
     base, best = run.number("base", score), run.best_teacher(score)
     found += [Line("base", [(0, base)], MUTED, level=True)] if base is not None else []
     found += [Line(best[0], [(0, best[1])], COLOURS[1], level=True)] if best is not None else []
@@ -268,7 +277,9 @@ def _seesaws(runs: Sequence[Run]) -> list[Block]:
     for x, y in combinations(main, 2):
         paths = [
             Path2D(
-                OURS if len(runs) == 1 else run.name, _together(run.curve(x), run.curve(y)), COLOURS[i % len(COLOURS)]
+                run.ours if len(runs) == 1 else run.name,
+                _together(run.curve(x), run.curve(y)),
+                COLOURS[i % len(COLOURS)],
             )
             for i, run in enumerate(runs)
         ]
@@ -281,10 +292,6 @@ def _seesaws(runs: Sequence[Run]) -> list[Block]:
         "base and the teachers."
     )
     return [Text([told]), Figures(figures)] if figures else []
-
-
-def _names(runs: Sequence[Run]) -> list[str]:
-    return [OURS] if len(runs) == 1 else [run.name for run in runs]
 
 
 def _together(x: Curve, y: Curve) -> list[tuple[float, float]]:
@@ -424,10 +431,16 @@ def _configuration(run: Run) -> list[Block]:
     if settings:
         summary = f"{len(settings)} settings that differ from their defaults"
         found.append(
-            Grid(["setting", "value"], [[name, _shown(value)] for name, value in settings.items()], summary=summary)
+            Grid(
+                ["setting", "value"], [[name, _shown(value, run)] for name, value in settings.items()], summary=summary
+            )
         )
     versions = ", ".join(f"{name} {version}" for name, version in (facts.get("versions") or {}).items())
-    told = [("versions", versions), ("git", str(facts.get("git") or "")), ("command", str(facts.get("command") or ""))]
+    told = [
+        ("versions", versions),
+        ("git", str(facts.get("git") or "")),
+        ("command", _shown(facts.get("command") or "", run)),
+    ]
     told = [(name, value) for name, value in told if value]
     return [*([Points(told)] if told else []), *found]
 
@@ -435,15 +448,15 @@ def _configuration(run: Run) -> list[Block]:
 def _settings_apart(runs: Sequence[Run]) -> list[Block]:
     """Of the runs that say what they were given."""
     runs = [run for run in runs if run.facts().get("settings")]
-    settings = [run.facts()["settings"] for run in runs]
+    settings = [{name: _shown(value, run) for name, value in run.facts()["settings"].items()} for run in runs]
     names = list(dict.fromkeys(name for one in settings for name in one))
-    apart = [name for name in names if len({_shown(one.get(name)) for one in settings}) > 1]
-    rows = [[name, *(_shown(one[name]) if name in one else "" for one in settings)] for name in apart]
+    apart = [name for name in names if len({one.get(name) for one in settings}) > 1]
+    rows = [[name, *(one.get(name, "") for one in settings)] for name in apart]
     return [Grid(["setting", *(run.name for run in runs)], rows)] if rows else []
 
 
-def _shown(value: object) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+def _shown(value: object, run: Run) -> str:
+    return near(", ".join(map(str, value)) if isinstance(value, list) else str(value), run.folder)
 
 
 def _of(node: object, name: str) -> object:

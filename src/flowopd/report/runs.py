@@ -20,8 +20,8 @@ from flowopd.evaluation import Shots
 Curve = Sequence[tuple[int, float]]
 """(iteration, value) in order; iteration 0 is before the first update."""
 
-BEFORE = ("cold-start", "base")
-OURS = "student"
+FIGURES = ("metrics.csv", "results.csv")
+BEFORE = ("start", "cold-start", "base")
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,11 @@ class Run:
     history: Sequence[Mapping[str, Any]]
     running: bool
     touched: datetime
+
+    @property
+    def ours(self) -> str:
+        """What the trained model is called, as the run has said."""
+        return str(self.facts().get("model") or "student")
 
     @property
     def iterations(self) -> int:
@@ -112,21 +117,21 @@ class Run:
         return _number(self.table.get(model, {}).get(score))
 
     def before(self, score: str) -> float | None:
-        """What the student began with: the log's iteration 0, the cold start, else the base."""
+        """What the trained model began with: the log's iteration 0, the cold start, else the base."""
         curve = self.curve(score)
         if curve and curve[0][0] == 0:
             return curve[0][1]
-        known = [self.number(model, score) for model in BEFORE]
+        known = [self.number(model, score) for model in BEFORE if model != self.ours]
         return next((value for value in known if value is not None), None)
 
     def after(self, score: str) -> float | None:
         """What it came to: the final table, else the newest figure."""
-        final = self.number(OURS, score)
+        final = self.number(self.ours, score)
         return final if final is not None or not self.curve(score) else self.curve(score)[-1][1]
 
     def teachers(self) -> list[str]:
-        """Models of the table that are neither the student nor what it began with."""
-        return [model for model in self.table if model not in (*BEFORE, OURS)]
+        """Models of the table that are neither the trained one nor what it began with."""
+        return [model for model in self.table if model not in (*BEFORE, self.ours)]
 
     def best_teacher(self, score: str) -> tuple[str, float] | None:
         """The teacher with the highest score."""
@@ -158,6 +163,11 @@ class Run:
         found |= {"eval_steps": sampler.get("eval_steps")}
         found |= {f"reward {one['name']}": one for one in self.callbacks("RewardCallback")}
         return {name: json.dumps(value, sort_keys=True, default=str) for name, value in found.items()}
+
+
+def has_figures(folder: Path) -> bool:
+    """Whether a folder is that of a run that has something to show."""
+    return (folder / "config.yaml").is_file() and any((folder / name).is_file() for name in FIGURES)
 
 
 def read_run(folder: Path, name: str | None = None) -> Run:

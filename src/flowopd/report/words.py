@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from flowopd.report.runs import Run
@@ -49,10 +52,10 @@ def changes(run: Run) -> list[Change]:
 
 
 def origin(run: Run) -> str:
-    """What the student is compared with: its start, or the base where nothing was trained."""
+    """What the trained model is compared with: its start, or the base where nothing was trained."""
     if not run.fit:
         return "base"
-    return "cold start" if "cold-start" in run.table else "start"
+    return "cold start" if "cold-start" in run.table and run.ours != "cold-start" else "start"
 
 
 def headline(run: Run) -> str:
@@ -117,6 +120,28 @@ def duration(seconds: float | None) -> str:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+PATH = re.compile(r"""(?<![\w./:<])/(?:[^\s/'",;:<>()\[\]{}|]+/)+[^\s'",;:<>()\[\]{}|]*""")
+"""A path from the root, of two parts or more."""
+
+DEEP = 3
+"""Parts that a path has in common with a folder, at least, to be told from there."""
+
+
+def near(text: str, folder: Path) -> str:
+    """A text without paths from the root: they are told from a folder on, those far from it by their last two parts.
+
+    >>> near("--config /home/me/work/mine.yaml of /data/models/base", Path("/home/me/work/runs/opd"))
+    '--config ../../mine.yaml of …/models/base'
+    """
+
+    def told(found: re.Match[str]) -> str:
+        path, home = os.path.normpath(found[0]), os.path.abspath(folder)
+        close = len(Path(os.path.commonpath([path, home])).parts) >= DEEP
+        return os.path.relpath(path, home) if close else "/".join(["…", *Path(path).parts[-2:]])
+
+    return PATH.sub(told, text)
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from flowopd.core.names import perhaps
 from flowopd.core.ranges import at_least
 from flowopd.core.schedules import Schedule, ShiftedSchedule
-from flowopd.evaluation import markdown_table, save_png
+from flowopd.evaluation import save_png
 from flowopd.evaluation.benchmark import Benchmark
 from flowopd.evaluation.comparison import Sheet, Summary, compare, write_comparison
 from flowopd.evaluation.ledger import Ledger, Picture, missing
+from flowopd.evaluation.tables import show
 from flowopd.models import Backbone
 from flowopd.records import Prompt
 from flowopd.rollouts import Sampler
@@ -146,8 +147,8 @@ class Contenders(LightningModule):
         if self.trainer.is_global_zero:
             tables = compare(sheets, self.data.summary, self.data.references(self.models))
             write_comparison(tables, self.data.folder.parent)
-            first = markdown_table(next(iter(tables.values())))
-            print(f"\n{first}\n\nall tables: {self.data.folder.parent / 'results.md'}", flush=True)
+            show(next(iter(tables.values())))
+            print(f"\nall tables: {self.data.folder.parent / 'results.md'}", flush=True)
 
 
 class Benchmarks(LightningDataModule):

@@ -130,6 +130,8 @@ class ColdStart(FlowPolicy):
     exchangeable = True
     """Draws of noise on the same pictures."""
 
+    name = "cold-start"
+
     def __init__(
         self,
         backbone: Backbone,

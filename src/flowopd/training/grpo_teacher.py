@@ -41,6 +41,8 @@ class GRPOTeacher(FlowPolicy):
         Flow-GRPO (arXiv 2505.05470).
     """
 
+    called = "teacher"
+
     def __init__(
         self,
         backbone: Backbone,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
-from statistics import fmean
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -102,6 +101,9 @@ class FlowPolicy(LightningModule):
     routed = False
     """Whether rows of a rollout follow different velocity fields."""
 
+    called = "student"
+    """What the trained model is called in tables and pictures, if it has no teachers."""
+
     exchangeable = False
     """Whether the batches of a rollout are alike, so that an update may take one of every rollout."""
 
@@ -137,6 +139,11 @@ class FlowPolicy(LightningModule):
     def signals(self) -> Signals:
         """What judges and what teaches, as the trainer's callbacks carry it."""
         return self._collected().signals
+
+    @property
+    def name(self) -> str:
+        """What the trained model is called: who is taught is a student."""
+        return "student" if self.signals.teaching.roles else self.called
 
     @property
     def scoreboard(self) -> Scoreboard:
@@ -232,10 +239,10 @@ class FlowPolicy(LightningModule):
         return base
 
     def guidance(self) -> dict[str, str]:
-        """At which guidance each model of a run is drawn, by name: the base, every teacher, the anchor, the student."""
+        """At which guidance each model of a run is drawn, by name: base, teachers, anchor, the trained one."""
         teachers = {"base": self.base(), **self.signals.teaching.teachers_by_name()}
         said = {name: guidance_said(teacher) for name, teacher in teachers.items()}
-        return said | {"student": f"{self.sampler.guidance_scale:g}"}
+        return said | {self.name: f"{self.sampler.guidance_scale:g}"}
 
     def behaviour(self, tasks: Sequence[str]) -> VelocityField:
         """The velocity field that samples rollouts of these tasks: the student's own."""
@@ -345,11 +352,9 @@ class FlowPolicy(LightningModule):
             anchored.iteration = self.trainer.current_epoch
 
     def on_train_epoch_end(self) -> None:
-        """Log losses and how far every task is from its teacher; the data may draw more of the farthest."""
+        """Log losses; the data may draw more of the task that is farthest from its teacher."""
         self.log_dict(self.losses.means(self), sync_dist=True)
         found = self.distances.taken(self)
-        means = {f"distill/velocity_mse/{task}": fmean(steps.values()) for task, steps in found.items()}
-        self.log_dict(means, sync_dist=True)
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, Learner):
             data.learn(found)

@@ -28,7 +28,8 @@ Nothing is deleted: what is made anew leaves the earlier run beside it, as seed_
 FILE = """a study:
   folder: runs/mine      its runs are <folder>/<stage>/seed_<n>, its table study.md and study.csv; default: runs/<file>
   seeds: [0, 1, 2]       of every stage that names none; default: [0]
-  rows: [student]        models of each run's results.csv in the table; base and teachers are the first stage's
+  rows: [student]        models of each run's results.csv in the table; default: the trained one, which is the last;
+                         base and teachers are the first stage's
   stages:
     - name: cold_start
       run: fit           or validate, test, predict; default: fit
@@ -138,7 +139,7 @@ def _main_score(runs: Sequence[Run]) -> str:
     """The mean of the average, or of the first score."""
     from flowopd.cli.study.table import shown
 
-    found = [scores for run in runs if (scores := run.scores(run.stage.rows[0]))]
+    found = [scores for run in runs if (scores := run.scores())]
     if not found:
         return ""
     name = "average" if "average" in found[0] else next(iter(found[0]))
@@ -151,26 +152,42 @@ def _finish(study: Study, conductor: Conductor) -> None:
     rows = list(_rows(study, conductor))
     write_table(rows, study.folder / "study")
     print(f"\n{printed(rows)}\n\nwritten: {study.folder / 'study.md'} and study.csv")
+    _report(study, conductor)
     if failed := [run for run in conductor.runs if run.state == "failed"]:
         for run in failed:
             print(f"failed: {run.stage.name} seed {run.seed}: {run.why}; see {run.log}", file=sys.stderr)
         raise SystemExit(1)
 
 
+def _report(study: Study, conductor: Conductor) -> None:
+    """Write a page of all runs side by side; whatever is wrong with it is no fault of the study."""
+    from flowopd.report import write
+    from flowopd.report.runs import has_figures
+
+    folders = [run.folder for run in conductor.runs if has_figures(run.folder)]
+    try:
+        if folders:
+            print(f"report: {write(folders, study.folder / 'report', study.folder.name)}")
+    except Exception as error:
+        print(f"no report was written: {error}", file=sys.stderr)
+
+
 def _rows(study: Study, conductor: Conductor) -> Iterator[Row]:
     """Base, teachers and cold start of the first stage that has a table, then the rows of every stage."""
-    from flowopd.cli.study.table import Row, read_results
+    from flowopd.cli.study.table import Row, read_results, trained
 
     done = {stage.name: [run for run in conductor.of(stage) if run.state == "done"] for stage in study.stages}
     tables = {name: [read_results(run.folder) for run in runs] for name, runs in done.items()}
     if (first := next((stage for stage in study.stages if any(tables[stage.name])), None)) is not None:
         found = tables[first.name]
-        for model in dict.fromkeys(model for table in found for model in table if model not in first.rows):
+        shown = set(first.rows) or {trained(table) for table in found}
+        for model in dict.fromkeys(model for table in found for model in table if model not in shown):
             yield Row(model, len(first.seeds), None, [table[model] for table in found if model in table])
     for stage in study.stages:
         hours = sum(run.seconds for run in done[stage.name]) / 3600
         found = tables[stage.name]
-        for model in stage.rows:
-            name = stage.name if len(stage.rows) == 1 else f"{stage.name}: {model}"
-            scores = [table.get(model, {}) for table in found if model in table or not any(found)]
+        for model in stage.rows or ("",):
+            name = stage.name if len(stage.rows) < 2 else f"{stage.name}: {model}"
+            models = [(table, model or trained(table)) for table in found]
+            scores = [table.get(one, {}) for table, one in models if one in table or not any(found)]
             yield Row(name, len(stage.seeds), hours, scores)

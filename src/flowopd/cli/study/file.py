@@ -30,7 +30,7 @@ class Stage:
         overrides: options of the command line by name, which win.
         seeds: ``seed_everything`` of each run.
         folder: its runs are ``<folder>/seed_<n>``.
-        rows: models of ``results.csv`` that the table shows.
+        rows: models of ``results.csv`` that the table shows; none for the trained one.
         needs: earlier stages whose adapters it uses.
     """
 
@@ -186,7 +186,7 @@ def _stage(given: Any, where: str, folder: Path, study: Mapping[str, Any]) -> St
         overrides=overrides,
         seeds=tuple(options.get("seeds") or study.get("seeds") or [0]),
         folder=Path(options.get("folder", folder / name)),
-        rows=tuple(options.get("rows") or study.get("rows") or ["student"]),
+        rows=tuple(options.get("rows") or study.get("rows") or ()),
         needs=tuple(dict.fromkeys(_references(configs, overrides))),
     )
 

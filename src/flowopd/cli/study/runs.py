@@ -15,7 +15,8 @@ from typing import Any
 from flowopd.cli.run import STAGES
 from flowopd.cli.study.facts import Facts, facts_of
 from flowopd.cli.study.file import Stage, Study
-from flowopd.cli.study.table import read_results
+from flowopd.cli.study.table import read_results, trained
+from flowopd.training.callbacks.memory import SCORES
 from flowopd.training.ranks.folders import CHECKPOINTS, numbered
 
 COMMAND = (sys.executable, "-m", "flowopd")
@@ -25,6 +26,9 @@ PAUSE = 0.2
 
 WAITING, RUNNING, DONE, FAILED = "waiting", "running", "done", "failed"
 GOES_ON = "goes on"
+
+SHARED = "scores_of_all_runs"
+"""Where runs of a study find scores of base and teachers that another one has measured."""
 
 
 @dataclass
@@ -107,8 +111,14 @@ class Run:
             return GOES_ON
         return "anew: cut off"
 
-    def start(self, adapters: Mapping[str, Path], threads: int | None) -> None:
-        """Start the run's process; what an earlier one left that is of no use is set aside."""
+    def start(self, adapters: Mapping[str, Path], scores: Path, threads: int | None) -> None:
+        """Start the run's process; what an earlier one left that is of no use is set aside.
+
+        Args:
+            adapters: of the stages that it uses.
+            scores: folder of scores that all runs share.
+            threads: of the process; None for as many as it takes.
+        """
         words = self.stage.words(self.seed)
         if self.how == GOES_ON:
             words.append(f"--ckpt_path={self.checkpoint}")
@@ -121,13 +131,14 @@ class Run:
         self.state, self.began = RUNNING, time.time()
         self.remember()  # the folder is the run's to make: by its record a run that was cut off is known
         environment = os.environ | {STAGES: json.dumps({name: str(path) for name, path in adapters.items()})}
+        environment |= {SCORES: str(scores)}
         if threads is not None:
             environment.setdefault("OMP_NUM_THREADS", str(threads))
         with self.log.open("ab") as log:
             log.write(f"$ flowopd {' '.join(words)}\n".encode())
             log.flush()
             self.process = subprocess.Popen(
-                [*COMMAND, *words],
+                [sys.executable, "-m", "flowopd.cli.study.tied", str(os.getpid()), *COMMAND, *words],
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -152,9 +163,10 @@ class Run:
         """Seconds up to now."""
         return self.seconds + (time.time() - self.began if self.process is not None else 0.0)
 
-    def scores(self, row: str) -> dict[str, float] | None:
-        """Of a model, once the run is done."""
-        return read_results(self.folder).get(row) if self.state == DONE else None
+    def scores(self) -> dict[str, float] | None:
+        """Of the first model that is asked for, else of the trained one, once the run is done."""
+        table = read_results(self.folder) if self.state == DONE else {}
+        return table.get(self.stage.rows[0] if self.stage.rows else trained(table))
 
 
 class Conductor:
@@ -236,7 +248,7 @@ class Conductor:
             run.state = DONE
         elif sum(other.state == RUNNING for other in self.runs) < self.jobs:
             threads = max(1, (os.cpu_count() or 1) // self.jobs) if self.jobs > 1 else None  # alone, a run knows best
-            run.start(self.study.adapters(run.stage, run.seed), threads)
+            run.start(self.study.adapters(run.stage, run.seed), self.study.folder / SHARED, threads)
         else:
             return
         self.told(run.stage)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 
-WIDTH = 100
+WIDTH = 80
 """Columns of a terminal that the printed table fits into."""
 
 ALWAYS = ("model", "seeds", "hours")
@@ -54,6 +54,11 @@ def read_results(run: Path) -> dict[str, dict[str, float]]:
             row.pop("model"): {name: score for name, text in row.items() if (score := _number(text)) is not None}
             for row in csv.DictReader(file)
         }
+
+
+def trained(table: Mapping[str, object]) -> str:
+    """The model of a table that was trained: the last; empty if there is none."""
+    return next(reversed(list(table)), "")
 
 
 def _number(text: str | None) -> float | None:

@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
+from flowopd.training.callbacks.tracking import track_settings
 from flowopd.training.ranks.folders import CHECKPOINTS, Claim
 
 CONFIG = "config"
@@ -46,6 +47,8 @@ class RunFolder(Callback):
         self.loggers = loggers
         self.settings = dict(settings or {})
         self.notice = notice
+        self.folder: Path | None = None
+        """Once there is one; on rank zero alone."""
         self._claim: Claim | None = None
         self._begun = False
 
@@ -90,6 +93,8 @@ class RunFolder(Callback):
         if self.loggers is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             trainer.loggers = self.loggers(folder, trainer.global_step)
         if trainer.is_global_zero:
+            self.folder = folder
+            track_settings(trainer, self.settings)
             print("\n".join(filter(None, [f"run folder: {folder}", self.notice])), flush=True)
 
     def _take(self, trainer: Trainer) -> Path:

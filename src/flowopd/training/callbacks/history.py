@@ -68,6 +68,7 @@ class History(Callback):
             event="begin",
             verb=self.verb,
             iteration=trainer.current_epoch,
+            model=getattr(trainer.lightning_module, "name", ""),
             command=shlex.join(["flowopd", *sys.argv[1:]]),
             device=f"{ranks} x {name}, {trainer.precision}",
             versions=versions(),

@@ -7,19 +7,20 @@ from pathlib import Path
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from typing_extensions import override
 
 from flowopd.core.ranges import at_least
 from flowopd.evaluation import Shots, contact_sheet, save_png
-from flowopd.evaluation.pictures import read_strip, save_strip
+from flowopd.evaluation.pictures import prompt_sheet, read_strip, save_strip
 from flowopd.evaluation.shots import scores_of, small
 from flowopd.records import EvaluationBatch
 from flowopd.rollouts import VelocityField
 from flowopd.training.callbacks.around import data_of, on_device, policy_of, run_folder
+from flowopd.training.callbacks.bars import say
 from flowopd.training.callbacks.ema import averaged
 from flowopd.training.callbacks.results import models
+from flowopd.training.callbacks.tracking import track_pictures
 from flowopd.training.policy import FlowPolicy
 
 COLD_START = "cold_start.png"
@@ -50,15 +51,15 @@ class ImageGrid(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         policy = policy_of(pl_module)
         if trainer.global_step == 0:  # a run that goes on has its picture, of the average
-            drawn = self._save(trainer, {"student": policy.velocity}, trainer.current_epoch)
+            drawn = self._save(trainer, _trained(pl_module), trainer.current_epoch)
             if drawn and policy.start is not None and trainer.is_global_zero:
-                save_strip(drawn["student"], _pictures(trainer) / COLD_START)
+                save_strip(drawn[policy.name], _pictures(trainer) / COLD_START)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.every and (trainer.current_epoch + 1) % self.every == 0:
             with averaged(trainer):
-                self._save(trainer, {"student": policy_of(pl_module).velocity}, trainer.current_epoch + 1)
+                self._save(trainer, _trained(pl_module), trainer.current_epoch + 1)
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -79,10 +80,10 @@ class ImageGrid(Callback):
         images = {model: policy.draw(batch.prompts, batch.noise, field) for model, field in models.items()}
         if trainer.is_global_zero:
             images = _with_start(images, _pictures(trainer) / COLD_START, len(batch.prompts))
-            file = f"{name or f'iteration_{step:05d}'}.png"
-            contact_sheet(images, [prompt.text for prompt in batch.prompts], _pictures(trainer) / file)
+            file, texts = f"{name or f'iteration_{step:05d}'}.png", [prompt.text for prompt in batch.prompts]
+            contact_sheet(images, texts, _pictures(trainer) / file)
             _shots(policy, batch, images, step).save(_pictures(trainer) / "shots" / file)
-            _to_tensorboard(trainer, images, step)
+            track_pictures(trainer, images, texts, _pictures(trainer) / file, step)
         return images
 
     def _batch(self, trainer: Trainer) -> EvaluationBatch:
@@ -91,9 +92,17 @@ class ImageGrid(Callback):
 
 
 class PictureFolder(Callback):
-    """Writes predicted images to ``<run>/images/<row>.png``, and their prompts to ``<run>/images/prompts.jsonl``."""
+    """Writes predicted images to ``<run>/images/<row>.png``, and their prompts to ``<run>/images/prompts.jsonl``.
 
-    def __init__(self) -> None:
+    ``<run>/sheet.png`` shows the first of every task, with their prompts.
+
+    Args:
+        on_sheet: pictures of a task on the sheet, at most.
+    """
+
+    def __init__(self, on_sheet: int = 8) -> None:
+        at_least(1, on_sheet=on_sheet)
+        self.on_sheet = on_sheet
         self._drawn = 0
 
     @override
@@ -123,6 +132,21 @@ class PictureFolder(Callback):
                 save_png(image, _pictures(trainer) / _png(row))
             self._drawn += 1
 
+    @override
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trainer.strategy.barrier()  # until all ranks have written theirs
+        if trainer.is_global_zero:
+            folder, prompts = _pictures(trainer), data_of(trainer).held_out()
+            tasks = dict.fromkeys(prompt.task for prompt in prompts)
+            rows = {task: [row for row, prompt in enumerate(prompts) if prompt.task == task] for task in tasks}
+            drawn = {
+                task: [(prompts[row].text, folder / _png(row)) for row in found[: self.on_sheet]]
+                for task, found in rows.items()
+            }
+            sheet = run_folder(trainer) / "sheet.png"
+            prompt_sheet(drawn, sheet)
+            say(f"{len(prompts)} pictures in {folder}, the first of every task in {sheet}")
+
 
 @torch.no_grad()
 def _shots(policy: FlowPolicy, batch: EvaluationBatch, images: dict[str, Tensor], step: int) -> Shots:
@@ -135,12 +159,17 @@ def _shots(policy: FlowPolicy, batch: EvaluationBatch, images: dict[str, Tensor]
 
 
 def _with_start(images: dict[str, Tensor], file: Path, count: int) -> dict[str, Tensor]:
-    """The pictures of all models with those of the cold start before the student's, as the run drew them once."""
+    """The pictures of all models with those of the cold start before the trained model's, as the run drew them once."""
     if len(images) == 1 or not file.is_file():
         return images
-    before = dict(images)
-    student = before.pop("student")
-    return {**before, "cold-start": read_strip(file, count).to(student.device), "student": student}
+    *others, trained = images
+    start = read_strip(file, count).to(images[trained].device)
+    return {**{name: images[name] for name in others}, "cold-start": start, trained: images[trained]}
+
+
+def _trained(module: LightningModule) -> dict[str, VelocityField]:
+    policy = policy_of(module)
+    return {policy.name: policy.velocity}
 
 
 def _pictures(trainer: Trainer) -> Path:
@@ -149,10 +178,3 @@ def _pictures(trainer: Trainer) -> Path:
 
 def _png(row: int) -> str:
     return f"{row:05d}.png"
-
-
-def _to_tensorboard(trainer: Trainer, images: dict[str, Tensor], step: int) -> None:
-    for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger):
-            for name, batch in images.items():
-                logger.experiment.add_images(f"images/{name}", batch.cpu(), step)

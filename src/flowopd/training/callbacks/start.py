@@ -6,29 +6,38 @@ from lightning import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 from flowopd.training.callbacks.around import data_of
+from flowopd.training.callbacks.bars import say_scores
 from flowopd.training.callbacks.log import MetricsFile
 from flowopd.training.callbacks.results import ResultsTable, evaluate
 from flowopd.training.policy import FlowPolicy
 
 
 class StartScores(Callback):
-    """Validates what a run starts from, and logs it to ``metrics.csv`` as its iteration 0 (epoch and step are -1).
+    """Validates what a run starts from, says it, and logs it as the iteration 0.
 
-    Where ``ResultsTable`` has scored the cold start, its scores are taken. A run that validates nothing has none.
+    In ``metrics.csv`` its epoch and step are -1; other loggers know it as step 0. Where ``ResultsTable`` has scored the
+    cold start, its scores are taken. A run that validates nothing has none.
     """
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        logs = [logger for logger in trainer.loggers if isinstance(logger, MetricsFile)]
-        if not logs or trainer.global_step or not isinstance(pl_module, FlowPolicy) or not _validates(trainer):
+        if (
+            not trainer.loggers
+            or trainer.global_step
+            or not isinstance(pl_module, FlowPolicy)
+            or not _validates(trainer)
+        ):
             return
         tables = [one for one in trainer.callbacks if isinstance(one, ResultsTable)]  # type: ignore[attr-defined]
-        known = [table.rows["cold-start"] for table in tables if "cold-start" in table.rows]
+        known = [row for table in tables for row in table.rows.values()]
         scores = known[0] if known else evaluate(pl_module, pl_module.velocity, "start")
         named = {name if name.startswith("fixed_kl/") else f"val/{name}": value for name, value in scores.items()}
-        for log in logs:
-            log.log_metrics({"epoch": -1, **named}, step=-1)
-            log.save()
+        for logger in trainer.loggers:
+            own = isinstance(logger, MetricsFile)
+            logger.log_metrics({"epoch": -1, **named} if own else named, step=-1 if own else 0)
+            logger.save()
+        if trainer.is_global_zero:
+            say_scores("start", scores, pl_module.scoreboard.averaged)
 
 
 def _validates(trainer: Trainer) -> bool:

@@ -113,14 +113,15 @@ def _copy_for_comfyui(folder: Path, repository: str) -> None:
 
 
 def _samples(run: Path, folder: Path) -> dict[str, str]:
-    """Write the student's last pictures; returns their files by prompt."""
+    """Write the last pictures of what was trained, the last model of a sheet; returns their files by prompt."""
     shots = _last_shots(run)
     if shots is None:
         return {}
     (folder / "images").mkdir(exist_ok=True)
     found = dict[str, str]()
     step = max(1, len(shots.prompts) // PICTURES)
-    for prompt, picture in list(zip(shots.prompts, shots.pictures["student"], strict=True))[::step][:PICTURES]:
+    trained = list(shots.pictures.values())[-1]
+    for prompt, picture in list(zip(shots.prompts, trained, strict=True))[::step][:PICTURES]:
         file = f"images/{len(found)}.png"
         _enlarged(picture).save(folder / file)
         found.setdefault(prompt, file)

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Sequence
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,14 @@ from flowopd.core.guidance import guided
 from flowopd.core.schedules import Schedule
 from flowopd.models.adapters.lora import ATTENTION
 from flowopd.records import Conditioning
+
+
+class Question(NamedTuple):
+    """Some rows of a batch, to be answered by one adapter, or by the base model for ``None``, at its own guidance."""
+
+    adapter: str | None
+    guidance_scale: float
+    rows: Sequence[int]
 
 
 class Backbone(ABC):
@@ -89,6 +98,14 @@ class Backbone(ABC):
     ) -> tuple[Tensor, Tensor]:
         """Return the conditional and the unconditional velocity, each (B, C, H, W), float32."""
         return self.velocity(x, sigma, cond, adapter, 1.0), self.velocity(x, sigma, cond, adapter, 0.0)
+
+    @torch.no_grad()
+    def velocities(self, x: Tensor, sigma: Tensor, cond: Conditioning, questions: Sequence[Question]) -> list[Tensor]:
+        """Return the guided velocities (rows, C, H, W) of every question, float32, without gradient."""
+        return [
+            self.velocity(x[rows], sigma[rows], cond[rows], adapter, scale)  # type: ignore[index]
+            for adapter, scale, rows in questions
+        ]
 
     def guide(self, conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
         """The guided velocity (B, C, H, W) of two branches of its shape."""

@@ -3,7 +3,7 @@
 import copy
 import hashlib
 from collections.abc import Hashable
-from typing import Protocol, Self, runtime_checkable
+from typing import NamedTuple, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,14 @@ class Teacher(Protocol):
     def fingerprint(self) -> str:
         """A digest of the weights; a resumed run refuses another one."""
         ...
+
+
+class Asks(NamedTuple):
+    """What a teacher asks of a backbone: teachers of one backbone can be answered by one forward."""
+
+    backbone: Backbone
+    adapter: str | None
+    guidance_scale: float
 
 
 class LoRATeacher:
@@ -77,6 +85,12 @@ class LoRATeacher:
         assert self._backbone is not None, "attach the teacher first"
         return self._backbone.velocity(x, sigma, cond, self._name, self.guidance_scale)
 
+    @property
+    def asks(self) -> Asks:
+        """Whom it asks, and what."""
+        assert self._backbone is not None, "attach the teacher first"
+        return Asks(self._backbone, self._name, self.guidance_scale)
+
     def fingerprint(self) -> str:
         """A digest of what the adapter changes."""
         return self._fingerprint
@@ -115,6 +129,12 @@ class BaseTeacher(Shown):
         """Return the guided velocity (B, C, H, W)."""
         assert self._backbone is not None, "attach the teacher first"
         return self._backbone.velocity(x, sigma, cond, None, self.guidance_scale)
+
+    @property
+    def asks(self) -> Asks:
+        """Whom it asks, and what."""
+        assert self._backbone is not None, "attach the teacher first"
+        return Asks(self._backbone, None, self.guidance_scale)
 
     def fingerprint(self) -> str:
         """The base has nothing of its own to change."""

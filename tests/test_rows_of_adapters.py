@@ -124,4 +124,6 @@ def test_a_layer_answers_and_learns_as_stock_peft(weights, autocast):
     half = autocast or weights == torch.bfloat16
     for ours, theirs in zip(*found, strict=True):
         assert ours.dtype == theirs.dtype
-        torch.testing.assert_close(ours, theirs, atol=0.02 * float(theirs.detach().abs().max()) if half else 1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            ours, theirs, atol=0.02 * float(theirs.detach().abs().max()) if half else 1e-5, rtol=1e-5
+        )

@@ -9,10 +9,7 @@ import tiny_families
 import torch
 from diffusers import SD3Transformer2DModel, ZImageTransformer2DModel
 
-from flowopd.models import DiffusersBackbone, LoRASpec, SD3Backbone, ZImageBackbone
-from flowopd.models.adapters.files import save_adapter
-from flowopd.models.adapters.lora import Adapter, Factors, take_adapter
-from flowopd.preflight.shapes import ADAPTER, Shapes
+from flowopd.models import DiffusersBackbone, SD3Backbone, ZImageBackbone
 from flowopd.tiles import asset
 
 
@@ -64,15 +61,3 @@ MODELS = {
     "tiny-sd3": Model("4 layers x 256, 64 image tokens", tiny_sd3, SD3Backbone, {"max_sequence_length": 8}),
     "tiny-zimage": Model("4 + 2 layers x 256, 64 image tokens", tiny_zimage, ZImageBackbone, {"resolution": 32}),
 }
-
-
-def random_adapter(shapes: Shapes, folder: Path, seed: int) -> str:
-    """Save an adapter of random numbers."""
-    empty = take_adapter(shapes.adapted(LoRASpec()), ADAPTER)
-    noise = torch.Generator().manual_seed(seed)
-    parts = {}
-    for module, part in empty.parts.items():
-        a, b = (0.01 * torch.randn(factor.shape, generator=noise) for factor in (part.a, part.b))
-        parts[module] = Factors(a, b, part.scale)
-    save_adapter(Adapter(parts), folder)
-    return str(folder)

@@ -7,11 +7,13 @@
     python -m benchmarks.speed --model tiles --images 24
 
 All in one process, in turns, so that what else the machine does falls on all of them alike: medians over the rounds,
-and their ratios to the first job. Gigabytes are those of tensors: between two updates, and at most within one.
+and their ratios to the first job. Seconds of the processor hardly depend on what else the machine does; on a GPU read
+those of the clock. Gigabytes are those of tensors: between two updates, and at most within one.
 """
 
 import argparse
 import json
+import logging
 import platform
 import statistics
 import sys
@@ -19,14 +21,19 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
+import diffusers
 import tiny
 import torch
+import transformers
 from benchmarks.main_job import PACKAGES, machine, per_update
 from benchmarks.memory import measured
-from benchmarks.models import MODELS, Model, random_adapter
+from benchmarks.models import MODELS, Model
 from benchmarks.reference import Reference
+from benchmarks.sd35_step import random_adapter
 from lightning import Callback
 from rich.console import Console
 from rich.table import Table
@@ -85,6 +92,22 @@ class Bench:
         return self.policy(OPDStudent, 1.0 if folded else self.options.guidance, trained, objective)
 
 
+class Seconds(NamedTuple):
+    """Of the clock and of the processor."""
+
+    clock: float
+    processor: float
+
+    @staticmethod
+    def now() -> "Seconds":
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return Seconds(time.perf_counter(), time.process_time())
+
+    def until(self, later: "Seconds") -> "Seconds":
+        return Seconds(later.clock - self.clock, later.processor - self.processor)
+
+
 class Updates:
     """Updates under Lightning's trainer, as a fit makes them."""
 
@@ -94,26 +117,26 @@ class Updates:
         self.accumulate = batches
         self.forwards = per_update(count_forwards(policy, data, callbacks, accumulate=batches))
 
-    def __call__(self, updates: int = 1) -> list[float]:
-        """Seconds of each."""
+    def __call__(self, updates: int = 1) -> list[Seconds]:
+        """What each takes."""
         watch = Watch()
         tiny.trainer(
             Path(), [*self.callbacks, watch], updates, accumulate_grad_batches=self.accumulate, gradient_clip_val=1.0
         ).fit(self.policy, self.data)
-        return [end - start for start, end in zip(watch.times, watch.times[1:], strict=False)]
+        return [start.until(end) for start, end in pairwise(watch.times)]
 
 
 class Watch(Callback):
     """When every iteration began, and when the last one was done."""
 
     def __init__(self) -> None:
-        self.times: list[float] = []
+        self.times: list[Seconds] = []
 
     def on_train_epoch_start(self, trainer, pl_module) -> None:
-        self.times.append(time.perf_counter())
+        self.times.append(Seconds.now())
 
     def on_train_end(self, trainer, pl_module) -> None:
-        self.times.append(time.perf_counter())
+        self.times.append(Seconds.now())
 
 
 class Repeated:
@@ -124,13 +147,13 @@ class Repeated:
     def __init__(self, work: Callable[[], object], forwards: float | None = None) -> None:
         self.work, self.forwards = work, forwards
 
-    def __call__(self, times: int = 1) -> list[float]:
-        seconds = []
+    def __call__(self, times: int = 1) -> list[Seconds]:
+        found = []
         for _ in range(times):
-            began = time.perf_counter()
+            began = Seconds.now()
             self.work()
-            seconds.append(time.perf_counter() - began)
-        return seconds
+            found.append(began.until(Seconds.now()))
+        return found
 
 
 def reference(bench: Bench, teachers: int) -> Repeated:
@@ -222,6 +245,7 @@ JOBS: dict[str, Callable[[Bench, int], Updates | Repeated]] = {
 def main(words: Sequence[str] | None = None) -> dict:
     """Run, print a table, and return what it says."""
     options = parsed(words)
+    quiet()
     with tempfile.TemporaryDirectory() as scratch:
         bench = Bench(MODELS[options.model], Path(scratch), options)
         makers = {
@@ -245,20 +269,30 @@ def main(words: Sequence[str] | None = None) -> dict:
     return found
 
 
-def in_turns(jobs: Mapping[str, Updates | Repeated], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every job in every round: one that warms up, then one that counts."""
-    seconds: dict[str, list[float]] = {name: [] for name in jobs}
+def quiet() -> None:
+    """What lightning, diffusers and transformers say of every fit and pipeline is of no interest here."""
+    torch.set_num_threads(1 if not torch.cuda.is_available() else torch.get_num_threads())
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    for library in (diffusers.utils.logging, transformers.utils.logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+
+
+def in_turns(jobs: Mapping[str, Updates | Repeated], rounds: int) -> dict[str, list[Seconds]]:
+    """What every job takes in every round: one that warms up, then one that counts."""
+    seconds: dict[str, list[Seconds]] = {name: [] for name in jobs}
     for _ in range(rounds):
         for name, job in jobs.items():
             seconds[name].append(job(2)[-1])
     return seconds
 
 
-def told(job: Updates | Repeated, seconds: Sequence[float], sizes: tuple[int, int]) -> dict[str, object]:
+def told(job: Updates | Repeated, seconds: Sequence[Seconds], sizes: tuple[int, int]) -> dict[str, object]:
     between, most = sizes
     return {
-        "seconds": list(seconds),
-        "median": statistics.median(seconds),
+        "seconds": [one._asdict() for one in seconds],
+        "clock": statistics.median(one.clock for one in seconds),
+        "processor": statistics.median(one.processor for one in seconds),
         "forwards": job.forwards,
         "gb_between": between / 1e9,
         "gb_most": most / 1e9,
@@ -282,12 +316,13 @@ def parsed(words: Sequence[str] | None) -> argparse.Namespace:
 def show(found: dict) -> None:
     about = "{model}, {images} pictures, guidance {guidance}".format(**found["options"])
     title = "{}, {threads} threads on {processor}".format(about, **found["machine"])
-    table = Table("job", "seconds", "of the first", "forwards", "GB between", "GB at most", title=title)
-    first = next(iter(found["jobs"].values()))["median"]
+    table = Table("job", "seconds", "processor", "of the first", "forwards", "GB between", "GB at most", title=title)
+    first = next(iter(found["jobs"].values()))["processor"]
     for name, job in found["jobs"].items():
         forwards = "" if job["forwards"] is None else f"{job['forwards'] / found['options']['images']:.1f}"
         sizes = (f"{job[size]:.4f}" for size in ("gb_between", "gb_most"))
-        table.add_row(name, f"{job['median']:.3f}", f"{job['median'] / first:.3f}", forwards, *sizes)
+        seconds = (f"{job[which]:.3f}" for which in ("clock", "processor"))
+        table.add_row(name, *seconds, f"{job['processor'] / first:.3f}", forwards, *sizes)
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 

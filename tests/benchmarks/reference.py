@@ -2,7 +2,7 @@
 
 Student, teachers and MAR are each a whole pipeline of its own in float32. Every epoch encodes all texts, row by row of
 the batch, and the empty one; rolls out with guidance and keeps the trajectory; decodes the pictures; then goes through
-the trained steps, where student, the task's teacher and MAR are asked one after another, each with guidance. Rewards are
+the trained steps, where student, the task's teacher and MAR are asked one by one, each with guidance. Rewards are
 left out, which the loss does not read.
 """
 

@@ -76,10 +76,13 @@ class Bench:
         taught = zip(self.tasks(teachers), others, strict=False)
         return [AnchorCallback(anchor), *(TeacherCallback([task], teacher) for task, teacher in taught)]
 
-    def data(self, teachers: int, siblings: int = 1, fused: bool = False) -> RolloutDataModule:
+    def data(
+        self, teachers: int, siblings: int = 1, fused: bool = False, batch_size: int | None = None
+    ) -> RolloutDataModule:
         images, prompts = self.options.images, {task: tiny.Words(task) for task in self.tasks(teachers)}
+        evaluated = max(1, images // teachers)
         return RolloutDataModule(
-            prompts, images // siblings, siblings, batch_size=images, fused=fused, evaluation_count=images // teachers
+            prompts, images // siblings, siblings, batch_size or images, fused=fused, evaluation_count=evaluated
         )
 
     def policy(self, kind: type[FlowPolicy], guidance: float, trained: int | None = None, objective=None) -> FlowPolicy:

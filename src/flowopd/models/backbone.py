@@ -102,10 +102,7 @@ class Backbone(ABC):
     @torch.no_grad()
     def velocities(self, x: Tensor, sigma: Tensor, cond: Conditioning, questions: Sequence[Question]) -> list[Tensor]:
         """Return the guided velocities (rows, C, H, W) of every question, float32, without gradient."""
-        return [
-            self.velocity(x[rows], sigma[rows], cond[rows], adapter, scale)  # type: ignore[index]
-            for adapter, scale, rows in questions
-        ]
+        return [self.velocity(x[rows], sigma[rows], cond[rows], adapter, scale) for adapter, scale, rows in questions]
 
     def guide(self, conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
         """The guided velocity (B, C, H, W) of two branches of its shape."""

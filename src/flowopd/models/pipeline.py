@@ -376,10 +376,14 @@ class DiffusersBackbone(Backbone):
             conds += branches
         with use_adapters(self.network, adapters):
             answers = self._forward(x[rows], sigma[rows], Conditioning.cat(conds)).split([n for _, n in adapters])
-        return [
-            answer if question.guidance_scale in (0, 1) else self.guide(*answer.chunk(2), question.guidance_scale)
-            for answer, question in zip(answers, questions, strict=True)
-        ]
+        return [self._of_branches(answer, scale) for answer, (_, scale, _) in zip(answers, questions, strict=True)]
+
+    def _of_branches(self, answer: Tensor, scale: float) -> Tensor:
+        """What one branch answers, or two, one after the other, at a guidance scale."""
+        if scale in (0, 1):
+            return answer
+        conditional, unconditional = answer.chunk(2)
+        return self.guide(conditional, unconditional, scale)
 
     def _forward(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
         kind = x.device.type

@@ -68,7 +68,7 @@ def trace(shapes: Shapes, lora: LoRASpec, autocast: bool) -> Cost:
         velocity.float().sum().backward()
     network.enable_gradient_checkpointing()
     _, checkpointed = _forward(network, shapes, autocast)
-    flop = (float(counted.get_total_flops()) for counted in (forward, backward))
+    flop = float(forward.get_total_flops()), float(backward.get_total_flops())
     return Cost(*flop, kept.total(), checkpointed.total(), kept.largest())
 
 

@@ -194,7 +194,7 @@ def attach(network: nn.Module, name: str, adapter: Adapter, trainable: bool = Fa
     _rest_on_trainable(network)
 
 
-class _Linear(PeftLinear):  # type: ignore[misc]  # peft is untyped in part
+class _Linear(PeftLinear):
     """Peft's layer of plain adapters, without its temporaries; rows may have adapters of their own."""
 
     spans: Sequence[Span] = ()
@@ -214,12 +214,12 @@ class _Linear(PeftLinear):  # type: ignore[misc]  # peft is untyped in part
 
     def _changed(self, name: str, result: Tensor, x: Tensor) -> Tensor:
         """result + scale · B·A·x, in the adapter's precision, or in autocast's."""
-        a, b = self.lora_A[name].weight, self.lora_B[name].weight
+        a, b = _factors(self, name)
         kind = x.device.type
         autocast = kind != "meta" and torch.is_autocast_enabled(kind)  # which casts to its own precision, and only once
         inner = F.linear(x if autocast else x.to(a.dtype), a).flatten(0, -2)
-        start, b = result.flatten(0, -2).to(inner.dtype), b.to(inner.dtype)
-        changed = torch.addmm(start, inner, b.t(), alpha=self.scaling[name])
+        start = result.flatten(0, -2).to(inner.dtype)
+        changed = torch.addmm(start, inner, b.to(inner.dtype).t(), alpha=self.scaling[name])
         return changed.view(result.shape).to(result.dtype)
 
 
@@ -351,13 +351,14 @@ def use_adapters(network: nn.Module, adapters: Sequence[tuple[str | None, int]])
         layers, names, _ = _switches(network)
         if unknown := [name for name, _ in spans if name not in names]:
             raise KeyError(f"no adapter named {unknown[0]!r}; loaded are {sorted(names)}")
+        linear = [layer for layer in layers if isinstance(layer, _Linear)]
         try:
-            for layer in layers:
-                layer.spans = spans  # type: ignore[assignment]
+            for layer in linear:
+                layer.spans = spans
             yield
         finally:
-            for layer in layers:
-                layer.spans = ()  # type: ignore[assignment]
+            for layer in linear:
+                layer.spans = ()
 
 
 def mixes_rows(network: nn.Module) -> bool:

@@ -349,6 +349,13 @@ def test_a_plan_is_shown_with_every_part(planned, capsys, monkeypatch):
     assert f"{seconds(planned.forwards, costs.Speed(0.01, 0.03)):.1f} s" in shown
 
 
+def test_hours_are_an_estimate_from_flop_and_a_stated_utilisation(planned, capsys):
+    assert planned.hours("H100", 500) == pytest.approx(500 * sum(planned.flop.values()) / (0.4 * 989e12) / 3600)
+    show_plan(planned, Hardware())
+    said = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("estimate, measured nowhere"))
+    assert f"{planned.hours('H100', 1000):.2g} on H100, {planned.hours('A100', 1000):.2g} on A100, at 40%" in said
+
+
 def test_seconds_are_those_of_the_parts():
     assert seconds({SAMPLED: 10, "teacher": 5, TRAINED: 2, DECODED: 100}, costs.Speed(2.0, 7.0)) == 15 * 2 + 2 * 7
 

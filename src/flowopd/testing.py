@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from flowopd.core.dynamics import ODE
-from flowopd.models import Backbone, DiffusersBackbone, LoRASpec
+from flowopd.models import Backbone, DiffusersBackbone, LoRASpec, Question
 from flowopd.models.adapters.export import ModelCard, export_adapter
 from flowopd.models.adapters.files import DIFFUSERS_WEIGHTS, read_adapter
 from flowopd.models.adapters.lora import adapter_parameters, add_adapter, take_adapter
@@ -141,6 +141,20 @@ def none_is_the_base(trial: _Trial) -> float:
     return max(_apart(trial.velocity(None), trial.base), _apart(trial.new, trial.base))
 
 
+def one_forward_answers_all(trial: _Trial) -> float:
+    """Rows of an adapter and of the base, guided and not, are answered together as they are alone."""
+    backbone, rows, scale = trial.backbone, range(len(trial.x)), max(trial.scales)
+    questions = [
+        Question(PROBE, scale, rows),
+        Question(None, 1.0, [1]),
+        Question(PROBE, 0.0, [0]),
+        Question(None, scale, rows),
+    ]
+    found = backbone.velocities(trial.x, trial.sigma, trial.cond, questions)
+    alone = Backbone.velocities(backbone, trial.x, trial.sigma, trial.cond, questions)
+    return max(_apart(together, one) for together, one in zip(found, alone, strict=True))
+
+
 def ratio_is_one(trial: _Trial) -> float:
     """A training forward of what sampled a step has its log-probability, to the bit."""
     sampler = trial.sampler(num_steps=4, guidance_scale=max(trial.scales))
@@ -197,6 +211,7 @@ LAWS: dict[Callable[[_Trial], float], float | None] = {
     pictures_are_the_pipelines: None,
     a_row_is_itself_in_a_batch: None,
     none_is_the_base: 0.0,
+    one_forward_answers_all: None,
     ratio_is_one: 0.0,
     gradients_reach_every_adapter: None,
     an_export_is_the_adapter: None,

@@ -3,7 +3,7 @@
 from flowopd.models.adapters.files import AdapterSource
 from flowopd.models.adapters.lora import LoRASpec, use_adapter
 from flowopd.models.adapters.merge import Merge
-from flowopd.models.backbone import Backbone
+from flowopd.models.backbone import Backbone, Question
 from flowopd.models.flux import Flux2KleinBackbone, FluxBackbone
 from flowopd.models.pipeline import DiffusersBackbone
 from flowopd.models.qwen import QwenImageBackbone
@@ -20,6 +20,7 @@ __all__ = [
     "FluxBackbone",
     "LoRASpec",
     "Merge",
+    "Question",
     "QwenImageBackbone",
     "SD3Backbone",
     "TextEncoders",

@@ -3,14 +3,24 @@
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Sequence
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from flowopd.core.guidance import guided
 from flowopd.core.schedules import Schedule
+from flowopd.core.tensors import picks
 from flowopd.models.adapters.lora import ATTENTION
 from flowopd.records import Conditioning
+
+
+class Question(NamedTuple):
+    """Some rows of a batch, to be answered by one adapter, or by the base model for ``None``, at its own guidance."""
+
+    adapter: str | None
+    guidance_scale: float
+    rows: Sequence[int]
 
 
 class Backbone(ABC):
@@ -99,6 +109,15 @@ class Backbone(ABC):
     ) -> tuple[Tensor, Tensor]:
         """Return the conditional and the unconditional velocity, each (B, C, H, W), float32."""
         return self.velocity(x, sigma, cond, adapter, 1.0), self.velocity(x, sigma, cond, adapter, 0.0)
+
+    @torch.no_grad()
+    def velocities(self, x: Tensor, sigma: Tensor, cond: Conditioning, questions: Sequence[Question]) -> list[Tensor]:
+        """Return the guided velocities (rows, C, H, W) of every question, float32, without gradient."""
+        found = []
+        for adapter, scale, rows in questions:
+            where = picks(rows, x.device)
+            found.append(self.velocity(x[where], sigma[where], cond[rows], adapter, scale))
+        return found
 
     def guide(self, conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
         """The guided velocity (B, C, H, W) of two branches of its shape."""

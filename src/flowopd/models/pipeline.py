@@ -17,8 +17,9 @@ from typing_extensions import override
 
 from flowopd.core.ranges import at_least, within
 from flowopd.core.schedules import FlowSchedule, Schedule
-from flowopd.models.adapters.lora import ATTENTION, use_adapter
-from flowopd.models.backbone import Backbone
+from flowopd.core.tensors import picks
+from flowopd.models.adapters.lora import ATTENTION, mixes_rows, use_adapter, use_adapters
+from flowopd.models.backbone import Backbone, Question
 from flowopd.models.files import ModelFiles, reading
 from flowopd.models.quantized import Bits, encoders_config, transformer_config
 from flowopd.models.textcache import TextFolder, TextKey, TextMemory
@@ -377,6 +378,31 @@ class DiffusersBackbone(Backbone):
         with use_adapter(self.network, adapter):
             conditional, unconditional = self._forward(torch.cat([x, x]), torch.cat([sigma, sigma]), both).chunk(2)
         return conditional, unconditional
+
+    @torch.no_grad()
+    @override
+    def velocities(self, x: Tensor, sigma: Tensor, cond: Conditioning, questions: Sequence[Question]) -> list[Tensor]:
+        """By one forward, where every adapted layer has the rows as its first axis."""
+        if len(questions) == 1 or not mixes_rows(self.network):
+            return super().velocities(x, sigma, cond, questions)
+        adapters, rows, conds = list[tuple[str | None, int]](), list[int](), list[Conditioning]()
+        for adapter, scale, own in questions:
+            branches = [cond[own]] if scale != 0 else []
+            branches += [self._unconditional().expand(len(own))] if scale != 1 else []
+            adapters.append((adapter, len(branches) * len(own)))
+            rows += len(branches) * [*own]
+            conds += branches
+        where = picks(rows, x.device)
+        with use_adapters(self.network, adapters):
+            answers = self._forward(x[where], sigma[where], Conditioning.cat(conds)).split([n for _, n in adapters])
+        return [self._of_branches(answer, scale) for answer, (_, scale, _) in zip(answers, questions, strict=True)]
+
+    def _of_branches(self, answer: Tensor, scale: float) -> Tensor:
+        """What one branch answers, or two, one after the other, at a guidance scale."""
+        if scale in (0, 1):
+            return answer
+        conditional, unconditional = answer.chunk(2)
+        return self.guide(conditional, unconditional, scale)
 
     def _forward(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
         kind = x.device.type

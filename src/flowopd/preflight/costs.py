@@ -65,12 +65,14 @@ def trace(shapes: Shapes, lora: LoRASpec, autocast: bool) -> Cost:
     """Run the transformer with an adapter forward and backward on the meta device, and count."""
     network = shapes.adapted(lora)
     network.disable_gradient_checkpointing()
-    velocity, kept, forward = _forward(network, shapes, autocast)
+    with flop_counter() as forward:
+        velocity, kept = _forward(network, shapes, autocast)
     with flop_counter() as backward:
         velocity.float().sum().backward()
     network.enable_gradient_checkpointing()
-    _, checkpointed, _ = _forward(network, shapes, autocast)
-    return Cost(forward, float(backward.get_total_flops()), kept.total(), checkpointed.total(), kept.largest())
+    _, checkpointed = _forward(network, shapes, autocast)
+    flop = float(forward.get_total_flops()), float(backward.get_total_flops())
+    return Cost(*flop, kept.total(), checkpointed.total(), kept.largest())
 
 
 def forward_flop(model: Shapes, asked: Shapes) -> float:
@@ -91,11 +93,10 @@ def flop_counter() -> FlopCounterMode:
     return FlopCounterMode(display=False, custom_mapping=mapping)
 
 
-def _forward(network: nn.Module, shapes: Shapes, autocast: bool) -> tuple[Tensor, _Kept, float]:
+def _forward(network: nn.Module, shapes: Shapes, autocast: bool) -> tuple[Tensor, _Kept]:
     kept = _Kept(network)
-    with _OnDevice(autocast), kept, flop_counter() as counted:
-        velocity = run(network, shapes, *one_state(shapes))
-    return velocity, kept, float(counted.get_total_flops())
+    with _OnDevice(autocast), kept:
+        return run(network, shapes, *one_state(shapes)), kept
 
 
 def one_state(

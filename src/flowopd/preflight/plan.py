@@ -65,6 +65,13 @@ class Hardware:
         )
 
 
+CARDS = {"H100": 989.0, "A100": 312.0}
+"""TFLOP a second of products of dense bfloat16 matrices, by their makers' data sheets."""
+
+UTILISATION = 0.4
+"""What a run is taken to reach of them; an assumption, measured nowhere."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """What a run takes on every rank.
@@ -102,6 +109,10 @@ class Plan:
     def rows(self) -> float:
         """Rows of the transformer per optimiser step."""
         return sum(rows for name, rows in self.forwards.items() if name != DECODED)
+
+    def hours(self, card: str, updates: int) -> float:
+        """Hours of some updates on a card of ``CARDS``, an estimate: without evaluations and text encoders."""
+        return updates * sum(self.flop.values()) / (CARDS[card] * 1e12 * UTILISATION) / 3600
 
     def per_picture(self) -> float:
         """Forwards of a trajectory, where a backward counts as two."""

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from flowopd.preflight.costs import Speed
 from flowopd.preflight.forwards import DECODED, TRAINED
-from flowopd.preflight.plan import Hardware, Plan
+from flowopd.preflight.plan import CARDS, UTILISATION, Hardware, Plan
 
 GB = 1e9
 
@@ -20,6 +20,7 @@ def show_plan(planned: Plan, hardware: Hardware) -> None:
     console = Console()
     console.print(_memory_table(planned))
     console.print(_work_table(planned, hardware))
+    console.print(_hours(planned), soft_wrap=True)
     for note in dict.fromkeys(planned.notes):
         console.print(f"note: {note}", soft_wrap=True)
 
@@ -66,6 +67,15 @@ def show_speed(planned: Plan, measure: Callable[[], Speed]) -> None:
     except torch.OutOfMemoryError:
         said = "not even the transformer and one micro-batch fit in what is free of the device; lower data.batch_size"
     Console().print(f"measured here: {said}", soft_wrap=True)
+
+
+def _hours(planned: Plan, updates: int = 1000) -> str:
+    hours = ", ".join(f"{planned.hours(card, updates):.2g} on {card}" for card in CARDS)
+    speeds = " and ".join(f"{speed:.0f}" for speed in CARDS.values())
+    return (
+        f"estimate, measured nowhere: {updates} updates take hours {hours}, at {UTILISATION:.0%} of {speeds} TFLOP a "
+        "second, without evaluations and text encoders"
+    )
 
 
 def seconds(forwards: Mapping[str, float], speed: Speed) -> float:

@@ -11,6 +11,7 @@ from flowopd.core.shown import Shown
 from flowopd.models import Backbone
 from flowopd.models.adapters.lora import Adapter, adapter_names, attach
 from flowopd.records import Conditioning
+from flowopd.teachers.base import Asks
 
 
 @runtime_checkable
@@ -64,6 +65,12 @@ class AdapterTeacher(Shown):
         """Return the guided velocity (B, C, H, W)."""
         assert self._backbone is not None, "attach the teacher first"
         return self._backbone.velocity(x, sigma, cond, self._name, self.guidance_scale)
+
+    @property
+    def asks(self) -> Asks:
+        """Whom it asks, and what."""
+        assert self._backbone is not None, "attach the teacher first"
+        return Asks(self._backbone, self._name, self.guidance_scale)
 
     def fingerprint(self) -> str:
         """A digest of what the adapter changes."""

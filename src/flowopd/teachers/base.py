@@ -4,7 +4,7 @@ import copy
 import hashlib
 from collections.abc import Hashable
 from dataclasses import astuple
-from typing import Protocol, Self, runtime_checkable
+from typing import NamedTuple, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,14 @@ class Teacher(Protocol):
     def fingerprint(self) -> str:
         """A digest of the weights; a resumed run refuses another one."""
         ...
+
+
+class Asks(NamedTuple):
+    """What a teacher asks of a backbone: teachers of one backbone can be answered by one forward."""
+
+    backbone: Backbone
+    adapter: str | None
+    guidance_scale: float
 
 
 class LoRATeacher:
@@ -93,6 +101,12 @@ class LoRATeacher:
         assert self._backbone is not None, "attach the teacher first"
         return self._backbone.velocity(x, sigma, cond, self._name, self.guidance_scale)
 
+    @property
+    def asks(self) -> Asks:
+        """Whom it asks, and what."""
+        assert self._backbone is not None, "attach the teacher first"
+        return Asks(self._backbone, self._name, self.guidance_scale)
+
     def fingerprint(self) -> str:
         """A digest of what the adapter changes."""
         return self._fingerprint
@@ -137,6 +151,12 @@ class BaseTeacher(Shown):
         """Return the guided velocity (B, C, H, W)."""
         assert self._backbone is not None, "attach the teacher first"
         return self._backbone.velocity(x, sigma, cond, None, self.guidance_scale)
+
+    @property
+    def asks(self) -> Asks:
+        """Whom it asks, and what."""
+        assert self._backbone is not None, "attach the teacher first"
+        return Asks(self._backbone, None, self.guidance_scale)
 
     def fingerprint(self) -> str:
         """The base has nothing of its own to change."""

@@ -14,9 +14,12 @@ from torch import Tensor
 from flowopd.core.ranges import at_least, within
 from flowopd.core.shown import Shown
 from flowopd.core.tensors import expand_like, picks, sent
-from flowopd.models import Backbone
+from flowopd.models import Backbone, Question
 from flowopd.records import Conditioning
 from flowopd.teachers.base import Teacher, guidance_of
+
+TOGETHER = 400
+"""Image tokens of every teacher, on average, up to which those of one backbone are asked by one forward."""
 
 Groups = Sequence[tuple[Teacher, Sequence[int]]]
 """Teachers, and the rows of a batch that each of them answers."""
@@ -218,14 +221,17 @@ def ask(
             for part, weight in parts(teacher, levels):
                 _, table = tables.setdefault(identity(part), (part, torch.zeros(len(wanted), len(x))))
                 table[number, rows] += weight[rows]
-    answers = {name: torch.zeros_like(x) for name in wanted}
+    asked = list[tuple[Teacher, list[int], list[list[float]]]]()
     for part, table in tables.values():
         rows = table.any(0).nonzero().flatten().tolist()
-        if not rows and not lockstep:
-            continue
-        asked = picks(rows or [0], x.device)
-        velocity = part.velocity(x[asked], sigma[asked], cond[rows or [0]])
-        for answer, weights in zip(answers.values(), table[:, rows].tolist(), strict=True):
+        if rows or lockstep:
+            asked.append((part, rows or [0], table[:, rows or [0]].tolist()))
+    tokens = 2 * len(wanted) * len(x) * x[0, 0].numel() // 4  # alike on all ranks, however their rows are routed
+    together = tokens <= TOGETHER * len(tables)
+    velocities = _velocities([(part, rows) for part, rows, _ in asked], x, sigma, cond, together)
+    answers = {name: torch.zeros_like(x) for name in wanted}
+    for (_, rows, shares), velocity in zip(asked, velocities, strict=True):
+        for answer, weights in zip(answers.values(), shares, strict=True):
             _add(answer, rows, weights, velocity)
     return answers
 
@@ -236,6 +242,25 @@ def _on_cpu(wanted: Mapping[str, Groups], sigma: Tensor, level: float | None) ->
     if level is None and any(isinstance(teacher, Composed) for teacher in asked):
         return sigma.cpu()
     return torch.full(sigma.shape, 1.0 if level is None else level)
+
+
+def _velocities(
+    asked: Sequence[tuple[Teacher, list[int]]], x: Tensor, sigma: Tensor, cond: Conditioning, together: bool
+) -> list[Tensor]:
+    """Velocities of every part at its rows; if together, parts of one backbone by one forward."""
+    found: dict[int, Tensor] = {}
+    shared: dict[int, list[int]] = {}
+    for number, (part, rows) in enumerate(asked):
+        if together and "asks" in vars(type(part)):  # of its own: a subclass may answer otherwise
+            shared.setdefault(id(part.asks.backbone), []).append(number)  # type: ignore[attr-defined]
+        else:
+            where = picks(rows, x.device)
+            found[number] = part.velocity(x[where], sigma[where], cond[rows])
+    for numbers in shared.values():
+        asks = [asked[number][0].asks for number in numbers]  # type: ignore[attr-defined]
+        questions = [Question(a.adapter, a.guidance_scale, asked[n][1]) for a, n in zip(asks, numbers, strict=True)]
+        found |= zip(numbers, asks[0].backbone.velocities(x, sigma, cond, questions), strict=True)
+    return [found[number] for number in range(len(asked))]
 
 
 def _add(answer: Tensor, rows: Sequence[int], weights: Sequence[float], velocity: Tensor) -> None:

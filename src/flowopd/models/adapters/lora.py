@@ -14,14 +14,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
+from typing_extensions import override
 
 from flowopd.core.ranges import above, at_least
 from flowopd.models.shards import blocks, whole
@@ -37,7 +41,17 @@ ATTENTION = (
     "attn.to_add_out",
 )
 
-_SWITCHES: WeakKeyDictionary[nn.Module, tuple[list[LoraLayer], set[str]]] = WeakKeyDictionary()
+Span = tuple[str, slice]
+"""An adapter, and the rows of a forward that have it."""
+
+
+class _Switches(NamedTuple):
+    layers: list[LoraLayer]
+    names: set[str]
+    mixes_rows: bool
+
+
+_SWITCHES: WeakKeyDictionary[nn.Module, _Switches] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -185,7 +199,37 @@ def attach(network: nn.Module, name: str, adapter: Adapter, trainable: bool = Fa
     _rest_on_trainable(network)
 
 
+class _Linear(PeftLinear):
+    """Peft's layer of plain adapters, without its temporaries; rows may have adapters of their own."""
+
+    spans: Sequence[Span] = ()
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.base_layer(x)
+        if self._disable_adapters:
+            return result
+        for name, rows in self.spans:
+            if name in self.lora_A:
+                result[rows] = self._changed(name, result[rows], x[rows])
+        for name in () if self.spans else self.active_adapters:
+            if name in self.lora_A:
+                result = self._changed(name, result, x)
+        return result
+
+    def _changed(self, name: str, result: Tensor, x: Tensor) -> Tensor:
+        """result + scale · B·A·x, in the adapter's precision, or in autocast's."""
+        a, b = _factors(self, name)
+        kind = x.device.type
+        autocast = kind != "meta" and torch.is_autocast_enabled(kind)  # which casts to its own precision, and only once
+        inner = F.linear(x if autocast else x.to(a.dtype), a).flatten(0, -2)
+        start = result.flatten(0, -2).to(inner.dtype)
+        changed = torch.addmm(start, inner, b.to(inner.dtype).t(), alpha=self.scaling[name])
+        return changed.view(result.shape).to(result.dtype)
+
+
 def _inject(network: nn.Module, name: str, config: LoraConfig) -> None:
+    config._register_custom_module({nn.Linear: _Linear})
     trainable = {key for key, p in network.named_parameters() if p.requires_grad}
     if name in adapter_names(network):
         raise ValueError(f"the network already carries an adapter named {name!r}")
@@ -281,7 +325,7 @@ def use_adapter(network: nn.Module, name: str | None) -> Iterator[None]:
     Raises:
         KeyError: if no adapter has that name (peft itself would silently answer as the base).
     """
-    layers, names = _switches(network)
+    layers, names, _ = _switches(network)
     if name is not None and name not in names:
         raise KeyError(f"no adapter named {name!r}; loaded are {sorted(names)}")
     before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
@@ -294,10 +338,51 @@ def use_adapter(network: nn.Module, name: str | None) -> Iterator[None]:
             layer._active_adapter, layer._disable_adapters = active, disabled
 
 
-def _switches(network: nn.Module) -> tuple[list[LoraLayer], set[str]]:
-    """What a switch of adapters touches, and their names; looked for once, until another adapter is put on."""
+@contextmanager
+def use_adapters(network: nn.Module, adapters: Sequence[tuple[str | None, int]]) -> Iterator[None]:
+    """Run forwards without gradient whose rows have adapters of their own, or none.
+
+    Args:
+        network: its adapted layers see the batch as their first axis.
+        adapters: names, and how many rows each has, one after another.
+
+    Raises:
+        KeyError: if no adapter has a name.
+    """
+    ends = list(accumulate(count for _, count in adapters))
+    spans = [(name, slice(end - count, end)) for (name, count), end in zip(adapters, ends, strict=True) if name]
+    if not spans:
+        with use_adapter(network, None):
+            yield
+        return
+    with use_adapter(network, spans[0][0]):
+        layers, names, _ = _switches(network)
+        if unknown := [name for name, _ in spans if name not in names]:
+            raise KeyError(f"no adapter named {unknown[0]!r}; loaded are {sorted(names)}")
+        linear = [layer for layer in layers if isinstance(layer, _Linear)]
+        try:
+            for layer in linear:
+                layer.spans = spans
+            yield
+        finally:
+            for layer in linear:
+                layer.spans = ()
+
+
+def mixes_rows(network: nn.Module) -> bool:
+    """Whether rows of one forward may have adapters of their own: all adapted layers are linear, and in blocks.
+
+    Before and behind the blocks some models see the tokens of all rows as one axis.
+    """
+    return _switches(network).mixes_rows
+
+
+def _switches(network: nn.Module) -> _Switches:
+    """What a switch of adapters touches; looked for once, until another adapter is put on."""
     if network not in _SWITCHES:
-        _SWITCHES[network] = _lora_layers(network), adapter_names(network)
+        layers, inside = _lora_layers(network), {layer for block in blocks(network) for layer in block.modules()}
+        mixes_rows = all(isinstance(layer, _Linear) and layer in inside for layer in layers)
+        _SWITCHES[network] = _Switches(layers, adapter_names(network), mixes_rows)
     return _SWITCHES[network]
 
 

@@ -30,7 +30,7 @@ TOOLS = {
 }
 VERBS = (*LIGHTNING, *RUNS, *TOOLS)
 
-HELP = """usage: flowopd {fit,validate,test,predict,plan,check} --config RECIPE [--config OVERLAY ...] [--OPTION VALUE ...]
+HELP = """usage: flowopd {fit,validate,test,predict,plan,check} --config RECIPE [--config OVERLAY] [--OPTION VALUE]
        flowopd draw PROMPT [PROMPT ...] [--adapter FOLDER ...] [--base MODEL]
        flowopd recipes [WORLD]
        flowopd init RECIPE FOLDER
@@ -87,18 +87,18 @@ Before it: flowopd plan says what it takes, flowopd check whether it will run.
   flowopd validate --config tiles/evaluate --model.init_args.start RUN/adapter
 
 {_CONFIGS}""",
-    "test": f"""Score the policy of a recipe beside the base and its teachers: results.md, results.csv, an image grid, a report.
+    "test": f"""Score the policy of a recipe beside the base and its teachers: a table, an image grid, a report.
 
   flowopd test --config tiles/evaluate --model.init_args.start RUN/adapter
   flowopd test --config tiles/benchmark             many models on the same noise, with intervals; goes on if stopped
 
 {_CONFIGS}""",
-    "predict": f"""Draw the held-out prompts of a recipe by its policy, to PNG files; flowopd draw draws prompts of one's own.
+    "predict": f"""Draw the held-out prompts of a recipe by its policy, to PNG files; prompts of one's own: flowopd draw.
 
   flowopd predict --config tiles/evaluate --model.init_args.start RUN/adapter
 
 {_CONFIGS}""",
-    "plan": f"""Say what a fit would take: memory of every device, forwards and FLOP of every update, what an evaluation adds.
+    "plan": f"""Say what a fit would take: memory of every device, forwards and FLOP of an update, those of an evaluation.
 
   flowopd plan --config sd35/opd --config sd35/hardware/24gb
 

@@ -16,8 +16,8 @@ TAKEN = ("text", "composition")
 """Tasks of the tiles world that stand beside the new one, or watch it."""
 
 
-TOLD = """Copy a recipe to edit (flowopd recipes lists them); or begin a task of one's own: a reward, prompts, a teacher and
-a student, which run on the built-in world in two minutes as they are."""
+TOLD = """Copy a recipe to edit (flowopd recipes lists them); or begin a task of one's own: a reward, prompts, a teacher
+and a student, which run on the built-in world in two minutes as they are."""
 
 
 def main() -> None:

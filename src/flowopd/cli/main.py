@@ -93,12 +93,12 @@ Before it: flowopd plan says what it takes, flowopd check whether it will run.
   flowopd test --config tiles/benchmark             many models on the same noise, with intervals; goes on if stopped
 
 {_CONFIGS}""",
-    "predict": f"""Draw the held-out prompts of a recipe by its policy, to PNG files; prompts of one's own: flowopd draw.
+    "predict": f"""Draw the held-out prompts of a recipe by its policy, to PNG files; others: flowopd draw.
 
   flowopd predict --config tiles/evaluate --model.init_args.start RUN/adapter
 
 {_CONFIGS}""",
-    "plan": f"""Say what a fit would take: memory of every device, forwards and FLOP of an update, those of an evaluation.
+    "plan": f"""Say what a fit would take: memory of every device, forwards and FLOP of an update and of an evaluation.
 
   flowopd plan --config sd35/opd --config sd35/hardware/24gb
 

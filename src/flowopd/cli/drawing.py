@@ -67,7 +67,7 @@ def _hands(words: Namespace, backbone: Backbone, sampler: Sampler, adapters: Seq
     base = sampler.guidance_scale if backbone.guidance_scale is None else backbone.guidance_scale
     own = {one.name: one.guidance() for one in adapters}
     scales = {"base": base} | {name: base if scale is None else scale for name, scale in own.items()}
-    keys = {"base": None} | {name: f"adapter_{k}" for k, name in enumerate(own)}
+    keys: dict[str, str | None] = {"base": None, **{name: f"adapter_{k}" for k, name in enumerate(own)}}
     if words.guidance is not None:
         scales = dict.fromkeys(scales, words.guidance)
     return {name: Hand(keys[name], scale) for name, scale in scales.items()}

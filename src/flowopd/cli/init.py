@@ -28,15 +28,13 @@ def main() -> None:
     if words.task is not None and words.folder is not None:
         raise ValueError(f"init takes a recipe or --task, not both; got {words.recipe!r} and --task {words.task}")
     if words.task is not None:
-        files, fits = task_files(words.task, Path(words.recipe or words.task)), ("teacher.yaml", "opd.yaml")
+        files = task_files(words.task, Path(words.recipe or words.task))
     else:
-        folder = Path(words.folder or words.recipe.rpartition("/")[2])
-        files, fits = recipe_files(words.recipe, folder), (recipe(words.recipe).path.name,)
+        files = recipe_files(words.recipe, words.folder)
     write(files)
     print("wrote " + ", ".join(map(str, files)) + "; next:")
-    made = {path.name: path for path in files}
-    for verb, name in (("check", fits[0]), *(("fit", name) for name in fits)):
-        print(f"  flowopd {verb} --config {made[name]}")
+    lines = [line for text in files.values() for line in text.splitlines()]
+    print("\n".join(dict.fromkeys(line[2:] for line in lines if line.startswith("#   flowopd "))))
 
 
 def _parser() -> ArgumentParser:
@@ -47,13 +45,13 @@ def _parser() -> ArgumentParser:
     return reads
 
 
-def recipe_files(name: str, folder: Path) -> dict[Path, str]:
-    """A recipe as it would stand in a folder, with a run folder of that folder's name."""
+def recipe_files(name: str, where: str | None = None) -> dict[Path, str]:
+    """A recipe as it would stand in a folder, by default one of its own name, with a run folder of that name."""
     found = recipe(name)
+    folder = Path(where or found.path.stem)
     path = folder / found.path.name
     text = found.text.replace(f"configs/{found.name}.yaml", path.as_posix())
-    root = f"runs/{folder.name}" if folder.name else f"runs/{found.path.stem}"
-    return {path: re.sub(r"(?m)^(  default_root_dir: ).*$", rf"\g<1>{root}", text)}
+    return {path: re.sub(r"(?m)^(  default_root_dir: ).*$", rf"\g<1>runs/{folder.name or found.path.stem}", text)}
 
 
 def task_files(task: str, folder: Path) -> dict[Path, str]:

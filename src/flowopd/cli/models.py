@@ -76,7 +76,7 @@ def of_model(base: str) -> Drawing:
             options = {**known.backbone["init_args"], "path": base}
             return Drawing({**known.backbone, "init_args": options}, known.sampler)
     index = json.loads(local_file("model", base, "model_index.json", None).read_text(encoding="utf-8"))
-    families = {kind.pipeline_class.__name__: kind for kind in _families(DiffusersBackbone)}
+    families = {kind.pipeline_class.__name__: kind for kind in _families(DiffusersBackbone)}  # type: ignore[type-abstract]
     if (family := families.get(index.get("_class_name"))) is None:
         known_names = ", ".join(sorted(families))
         raise ValueError(f"model {base!r} is a {index.get('_class_name')}; expected one of {known_names}")

@@ -57,7 +57,7 @@ def refused(flowopd, capsys):
         with pytest.raises(SystemExit) as stopped:
             flowopd(*words)
         assert stopped.value.code == 2
-        return capsys.readouterr().err.removeprefix("flowopd: error: ").rstrip("\n")
+        return capsys.readouterr().err.splitlines()[-1].removeprefix("flowopd: error: ")
 
     return answer
 

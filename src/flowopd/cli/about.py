@@ -29,8 +29,8 @@ def _facts() -> Iterator[tuple[str, str]]:
     yield "cpu", f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"
     yield "cuda", f"of torch {torch.version.cuda or 'none'}, devices here: {torch.cuda.device_count()}"
     for index in range(torch.cuda.device_count()):
-        found = torch.cuda.get_device_properties(index)
-        yield f"cuda:{index}", f"{found.name}, {found.total_memory / 1e9:.0f} GB"
+        device = torch.cuda.get_device_properties(index)
+        yield f"cuda:{index}", f"{device.name}, {device.total_memory / 1e9:.0f} GB"
     offline = ", offline" if constants.HF_HUB_OFFLINE else ""
     there = "" if Path(constants.HF_HUB_CACHE).is_dir() else ", not there yet"
     yield "hub cache", f"{constants.HF_HUB_CACHE}{there}{offline}"

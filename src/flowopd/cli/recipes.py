@@ -52,7 +52,7 @@ class Recipe:
     def told(self) -> str:
         """The first sentence of the comment at the head of the file."""
         lines = [line.removeprefix("#").strip() for line in self._head() if not line.startswith(("#   ", "# takes: "))]
-        return re.split(r"(?<=[a-z)0-9])\.(?:\s|$)", " ".join(lines).removeprefix("After opd.yaml: "), maxsplit=1)[0]
+        return re.split(r"(?<=[\w)])\.(?:\s|$)", " ".join(lines).removeprefix("After opd.yaml: "), maxsplit=1)[0]
 
     @property
     def takes(self) -> str:

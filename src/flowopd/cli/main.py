@@ -19,14 +19,14 @@ LIGHTNING = ("fit", "validate", "test", "predict")
 # The other verbs: each function reads sys.argv itself. Those of ``RUNS`` take the words of a fit.
 RUNS = {"plan": "flowopd.cli.run:plan", "check": "flowopd.cli.run:check"}
 TOOLS = {
-    "recipes": "flowopd.cli.recipes:list_recipes",
-    "init": "flowopd.cli.init:main",
-    "draw": "flowopd.cli.draw:main",
     "data": "flowopd.prompts.data:main",
     "convert": "flowopd.rewards.geneval.convert:main",
     "serve": "flowopd.rewards.remote.serve:main",
     "study": "flowopd.cli.study.command:main",
     "report": "flowopd.cli.report:main",
+    "recipes": "flowopd.cli.recipes:list_recipes",
+    "init": "flowopd.cli.init:main",
+    "draw": "flowopd.cli.draw:main",
 }
 VERBS = (*LIGHTNING, *RUNS, *TOOLS)
 

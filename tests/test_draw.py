@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -51,7 +52,8 @@ def test_prompts_are_drawn_by_the_base_and_adapters_side_by_side(flowopd, capsys
     assert len({picture.tobytes() for picture in pixels.values()}) == 6
     assert Image.open("runs/draw/sheet.png").width > 3 * 32
     flowopd("draw", KAHO, "--steps", "3")  # the base of the built-in world, and nothing is written over
-    assert Path("runs/draw-2/00_base.png").read_bytes() == Path("runs/draw/00_base.png").read_bytes()
+    alone, beside = (np.asarray(Image.open(f"runs/{run}/00_base.png"), int) for run in ("draw-2", "draw"))
+    assert np.abs(alone - beside).max() <= 1  # of 255: batches of other sizes round otherwise
 
 
 def test_a_picture_is_that_of_its_row_whoever_draws_beside_it(tiny_pipeline):

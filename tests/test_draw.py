@@ -37,6 +37,11 @@ def flowopd(monkeypatch):
     return run
 
 
+def pixels(path: str) -> np.ndarray:
+    with Image.open(path) as picture:
+        return np.asarray(picture, int)
+
+
 def facts(folder: str) -> list[dict]:
     return [json.loads(line) for line in Path(folder, "pictures.jsonl").read_text().splitlines()]
 
@@ -47,12 +52,12 @@ def test_prompts_are_drawn_by_the_base_and_adapters_side_by_side(flowopd, capsys
     assert "drawn in 3 steps: base at guidance 1, student at guidance 1, teacher_text at guidance 1" in told
     drawn = facts("runs/draw")
     assert [line["model"] for line in drawn] == ["base"] * 2 + ["student"] * 2 + ["teacher_text"] * 2
-    pixels = {line["file"]: Image.open(Path("runs/draw", line["file"])) for line in drawn}
-    assert {picture.size for picture in pixels.values()} == {(32, 32)}
-    assert len({picture.tobytes() for picture in pixels.values()}) == 6
-    assert Image.open("runs/draw/sheet.png").width > 3 * 32
+    pictures = [pixels(f"runs/draw/{line['file']}") for line in drawn]
+    assert {picture.shape for picture in pictures} == {(32, 32, 3)}
+    assert len({picture.tobytes() for picture in pictures}) == 6
+    assert min(pixels("runs/draw/sheet.png").shape[:2]) > 3 * 32
     flowopd("draw", KAHO, "--steps", "3")  # the base of the built-in world, and nothing is written over
-    alone, beside = (np.asarray(Image.open(f"runs/{run}/00_base.png"), int) for run in ("draw-2", "draw"))
+    alone, beside = (pixels(f"runs/{run}/00_base.png") for run in ("draw-2", "draw"))
     assert np.abs(alone - beside).max() <= 1  # of 255: batches of other sizes round otherwise
 
 

@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from diffusers.utils.logging import disable_progress_bar as hide_diffusers_bars
 from jsonargparse import Namespace
 from torch import Tensor
+from transformers.utils.logging import disable_progress_bar as hide_transformers_bars
 
 from flowopd.cli.models import Drawing, Found, of_adapter, of_configs, of_model, usual
 from flowopd.cli.recipes import located
@@ -32,6 +34,8 @@ def draw_words(words: Namespace) -> None:
     Raises:
         ValueError: if what it asks for does not go together.
     """
+    hide_diffusers_bars()  # of loading; downloads keep theirs
+    hide_transformers_bars()
     check_place(Path(words.out))
     adapters = [of_adapter(path) for path in words.adapter]
     backbone, sampler = _chosen(words, adapters).built(words.size)

@@ -18,6 +18,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "flowopd"
+CONFIGS = ROOT / "configs"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 FLOORS = [  # from the ground up
@@ -196,7 +197,7 @@ def test_every_folder_with_code_has_a_readme(folder):
     assert (folder / "README.md").is_file()
 
 
-def test_the_wheel_ships_everything_below_the_package(tmp_path):
+def test_the_wheel_ships_everything_below_the_package_and_the_recipes(tmp_path):
     """Weights, tables and prompt files too: an installed copy draws tiles without a checkout."""
     build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
     done = subprocess.run(build, cwd=ROOT, capture_output=True, text=True, timeout=60)
@@ -204,7 +205,8 @@ def test_the_wheel_ships_everything_below_the_package(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     shipped = {name for name in ZipFile(wheel).namelist() if name.startswith("flowopd/")}
     files = {path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix != ".pyc"}
-    assert shipped == {path.relative_to(PACKAGE.parent).as_posix() for path in files}
+    recipes = {f"flowopd/recipes/{path.relative_to(CONFIGS).as_posix()}" for path in CONFIGS.rglob("*.*")}
+    assert shipped == {path.relative_to(PACKAGE.parent).as_posix() for path in files} | recipes
 
 
 def test_help_imports_no_heavy_package():

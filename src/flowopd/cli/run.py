@@ -8,7 +8,8 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from argparse import RawDescriptionHelpFormatter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 import jsonargparse
 import torch
 from diffusers.utils.logging import disable_progress_bar as hide_diffusers_bars
+from jsonargparse import DefaultHelpFormatter
 from jsonargparse.typing import PositiveInt, restricted_string_type
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -30,12 +32,14 @@ from omegaconf.errors import OmegaConfBaseException
 from transformers.utils.logging import disable_progress_bar as hide_transformers_bars
 from typing_extensions import override
 
+from flowopd.cli.beside import keep_modules, let_import
 from flowopd.cli.differing import differing
 from flowopd.cli.ending import report
 from flowopd.cli.folders import folder_of
 from flowopd.cli.given import check_files, check_given, enums_told
-from flowopd.cli.main import heed_again
+from flowopd.cli.main import TOLD, USAGES, heed_again
 from flowopd.cli.push import REPOSITORY, make, upload
+from flowopd.cli.recipes import configs_among, with_files
 from flowopd.cli.resume import check_changes, settings
 from flowopd.cli.seams import refuse_misfits
 from flowopd.cli.sentences import meant, sentence_of
@@ -75,6 +79,10 @@ class BadInput(Exception):
     """The run cannot be built as it was asked for."""
 
 
+class Told(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """Help that keeps the lines of a description."""
+
+
 class FlowCLI(LightningCLI):
     """``flowopd fit | validate | test | predict``: any module and data module by ``class_path``."""
 
@@ -85,8 +93,12 @@ class FlowCLI(LightningCLI):
     _changes = ""
     """What a run that goes on does otherwise than before."""
 
+    _beside: Sequence[Path] = ()
+    """Folders of the configs."""
+
     def __init__(self) -> None:
         options = {"parser_mode": "omegaconf+", "allow_abbrev": False, "exit_on_error": False}
+        told = {"formatter_class": Told, **options}
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -96,13 +108,18 @@ class FlowCLI(LightningCLI):
             save_config_callback=None,
             seed_everything_default=0,
             trainer_defaults={"num_sanity_val_steps": 0, "log_every_n_steps": 1, "enable_model_summary": False},
-            parser_kwargs={"prog": "flowopd", **options, **{name: options for name in self.subcommands()}},
+            parser_kwargs={
+                "prog": "flowopd",
+                **options,
+                **{name: {"usage": USAGES[name], "description": TOLD[name], **told} for name in self.subcommands()},
+            },
         )
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        words = [self.verb or sys.argv[1], *sys.argv[2:]]
+        words = with_files([self.verb or sys.argv[1], *sys.argv[2:]])
         check_files(words)
+        self._beside = let_import(configs_among(words))
         with enums_told():
             self.config = parser.parse_args(words)
         given = self.config[words[0]].as_dict()
@@ -251,6 +268,7 @@ class FlowCLI(LightningCLI):
         return RunFolder(wanted, goes_on, self._write_config, self._loggers(), self._settings(), self._changes)
 
     def _write_config(self, path: Path) -> None:
+        keep_modules(self._beside, path.parent)
         self._parser(self.subcommand).save(
             self.config[str(self.subcommand)], str(path), skip_none=False, overwrite=True, multifile=False
         )

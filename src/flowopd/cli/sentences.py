@@ -195,7 +195,10 @@ def _no_option(leaf: Leaf, found: re.Match[str]) -> str:
 def _missing(leaf: Leaf, found: re.Match[str]) -> str:
     names = [name.rpartition(".")[2] for name in found[1].split(", ")]
     if found[1].startswith(("fit.", "validate.", "test.", "predict.")):
-        return f"nothing says what {' and '.join(sorted(names, reverse=True))} the run has; give --config FILE"
+        return (
+            f"nothing says what {' and '.join(sorted(names, reverse=True))} the run has; give --config FILE, "
+            "or a recipe by its name: flowopd recipes lists them"
+        )
     if leaf.place:
         return f"{leaf.owner or 'it'} needs {', '.join(names)}"
     return f"the command needs {', '.join(f'--{name}' for name in names)}"

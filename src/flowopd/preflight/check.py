@@ -306,7 +306,7 @@ def _alike(subject: Subject, saw: str, error: float, exact: float) -> str:
 
 
 def grids_agree(subject: Subject) -> str:
-    """The noise levels are those of the pipeline's own scheduler, and of a full teacher's."""
+    """The noise levels are those of the pipeline's own scheduler, a full teacher's, or as was chosen."""
     backbone, sampler = subject.policy.backbone, subject.policy.sampler
     if not isinstance(backbone, DiffusersBackbone):
         raise Skipped(f"a {type(backbone).__name__} has no scheduler of diffusers")
@@ -318,7 +318,7 @@ def grids_agree(subject: Subject) -> str:
             saw = f"the grid is up to {apart:.2g} away from that of the scheduler of {model.path!r}"
             if isinstance(sampler.schedule, ShiftedSchedule | FlowSchedule):
                 raise ValueError(f"{saw}; leave the sampler's schedule out, or give it the shift of that model")
-            raise Warned(f"{saw}; meant so with another schedule: diffusers has to be given its sigmas")
+            return f"a {type(sampler.schedule).__name__}, as was asked; {saw}, so diffusers has to be given its sigmas"
     return f"{sampler.num_steps} steps in rollouts, {sampler.eval_steps} in evaluations"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from rich.console import Console
@@ -12,7 +12,9 @@ from flowopd.preflight.costs import Speed
 from flowopd.preflight.forwards import DECODED, TRAINED
 from flowopd.preflight.plan import CARDS, UTILISATION, Hardware, Plan
 
-GB = 1e9
+Unit = tuple[float, str]
+BYTES: Sequence[Unit] = ((1e9, "GB"), (1e6, "MB"))
+FLOP: Sequence[Unit] = ((1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"))
 
 
 def show_plan(planned: Plan, hardware: Hardware) -> None:
@@ -26,10 +28,11 @@ def show_plan(planned: Plan, hardware: Hardware) -> None:
 
 
 def _memory_table(planned: Plan) -> Table:
-    table = Table("memory of every device", "GB", title_justify="left")
+    unit = _unit(planned.peak(), BYTES)
+    table = Table("memory of every device", unit[1], title_justify="left")
     table.columns[1].justify = "right"
     sections = {
-        f"always ({_gb(planned.static())} GB)": planned.resident,
+        f"always ({_in(unit, planned.static())} {unit[1]})": planned.resident,
         "while a step is trained (estimate)": planned.training,
         "at other moments, one at a time": planned.transient,
         "for comparison, not in the sum": planned.for_comparison,
@@ -37,22 +40,24 @@ def _memory_table(planned: Plan) -> Table:
     for title, parts in sections.items():
         table.add_row(title, "", style="bold")
         for name, size in parts.items():
-            table.add_row(f"  {name}", _gb(size))
+            table.add_row(f"  {name}", _in(unit, size))
         table.add_section()
-    table.add_row("peak (estimate)", _gb(planned.peak()), style="bold")
+    table.add_row("peak (estimate)", _in(unit, planned.peak()), style="bold")
     return table
 
 
 def _work_table(planned: Plan, hardware: Hardware) -> Table:
     each = f", each of {hardware.ranks} ranks" if hardware.ranks > 1 else ""
-    table = Table(f"work of every optimiser step{each}", "forwards", "TFLOP")
+    whole = sum(planned.flop.values())
+    unit = _unit(whole, FLOP)
+    table = Table(f"work of every optimiser step{each}", "forwards", unit[1])
     for column in table.columns[1:]:
         column.justify = "right"
     for name in dict.fromkeys([*planned.forwards, *planned.flop]):
         rows = planned.forwards.get(name)
-        table.add_row(name, "" if rows is None else f"{rows:.0f}", f"{planned.flop.get(name, 0) / 1e12:.1f}")
+        table.add_row(name, "" if rows is None else f"{rows:.0f}", _in(unit, planned.flop.get(name, 0), 1))
     table.add_section()
-    table.add_row("in all", f"{planned.rows():.0f}", f"{sum(planned.flop.values()) / 1e12:.1f}", style="bold")
+    table.add_row("in all", f"{planned.rows():.0f}", _in(unit, whole, 1), style="bold")
     table.add_row("for a picture, a backward as two", f"{planned.per_picture():.1f}", "")
     table.add_section()
     for name, count in planned.evaluation.items():
@@ -84,5 +89,10 @@ def seconds(forwards: Mapping[str, float], speed: Speed) -> float:
     return plain * speed.forward + forwards.get(TRAINED, 0.0) * speed.trained
 
 
-def _gb(size: float) -> str:
-    return f"{size / GB:.3f}"
+def _unit(largest: float, units: Sequence[Unit]) -> Unit:
+    """The first unit of which there is a whole one, else the last."""
+    return next((unit for unit in units if largest >= unit[0]), units[-1])
+
+
+def _in(unit: Unit, size: float, digits: int = 3) -> str:
+    return f"{size / unit[0]:.{digits}f}"

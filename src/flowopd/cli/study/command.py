@@ -13,6 +13,7 @@ from rich.live import Live
 from rich.text import Text
 
 from flowopd.cli.main import heeding
+from flowopd.cli.recipes import located
 
 if TYPE_CHECKING:
     from flowopd.cli.study.file import Stage, Study
@@ -33,10 +34,10 @@ FILE = """a study:
   stages:
     - name: cold_start
       run: fit           or validate, test, predict; default: fit
-      configs: [configs/tiles/cold_start_sft.yaml]    as after --config, from where the command is given
+      configs: [tiles/cold_start_sft]    as after --config: files, or names of recipes
       overrides: {trainer.max_epochs: 50}
     - name: student
-      configs: [configs/tiles/opd.yaml]
+      configs: [tiles/opd]
       overrides:
         model.init_args.start: "${stage:cold_start}"    the adapter of that stage, of the same seed or its only one
       seeds: [0, 1]      of this stage alone; so are rows and folder"""
@@ -48,7 +49,7 @@ def main() -> None:
     from flowopd.cli.study.file import read_study  # not before --help
 
     with heeding():
-        run_study(read_study(Path(words.config)), words.jobs, words.dry_run)
+        run_study(read_study(Path(located(words.config))), words.jobs, words.dry_run)
 
 
 def _parser() -> ArgumentParser:
@@ -62,7 +63,7 @@ def _parser() -> ArgumentParser:
         exit_on_error=False,
         allow_abbrev=False,
     )
-    reads.add_argument("--config", required=True, metavar="FILE", help="the study, as below")
+    reads.add_argument("--config", required=True, metavar="FILE", help="the study, as below, or the name of one")
     reads.add_argument("--jobs", type=PositiveInt, default=1, metavar="K", help="runs at a time; default: 1")
     reads.add_argument("--dry_run", action="store_true", help="say what would run, and what is done")
     return reads

@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 
 from flowopd.cli.given import SEEDS, check_files
 from flowopd.cli.main import LIGHTNING
+from flowopd.cli.recipes import located
 from flowopd.core.names import perhaps, refuse_duplicates
 
 
@@ -176,7 +177,8 @@ def _stage(given: Any, where: str, folder: Path, study: Mapping[str, Any]) -> St
             raise ValueError(f"stage {name!r} overrides {key}, which the study sets; give {instead}")
     if options.get("run", "fit") == "fit" and "ckpt_path" in overrides:
         raise ValueError(f"stage {name!r} overrides ckpt_path, by which the study goes on with a fit; leave it out")
-    configs = (options["configs"],) if isinstance(options["configs"], str) else tuple(options["configs"])
+    configs = [options["configs"]] if isinstance(options["configs"], str) else options["configs"]
+    configs = tuple(map(located, configs))
     if missing := [config for config in configs if not Path(config).is_file()]:
         raise ValueError(f"stage {name!r}: config {missing[0]!r} does not exist")
     return Stage(

@@ -93,7 +93,11 @@ class ModelCard:
     def _header(self) -> str:
         tags = ["flowopd", "lora", "flow-matching", "diffusers"]
         return ModelCardData(
-            library_name="peft", base_model=self.hub_base(), pipeline_tag="text-to-image", tags=tags
+            library_name="peft",
+            base_model=self.hub_base(),
+            pipeline_tag="text-to-image",
+            tags=tags,
+            guidance_scale=self.guidance_scale,
         ).to_yaml()
 
     def hub_base(self) -> str | None:

@@ -16,7 +16,7 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 WORLDS = ("tiles", "sd35", "zimage", "qwen_image", "flux1", "flux2_klein")
 FILES = sorted(path for world in WORLDS for path in (CONFIGS / world).glob("*.yaml"))
 ABLATIONS = sorted(CONFIGS.glob("*/ablations/*.yaml"))
-OTHER = ("pretrain", "ablations", "benchmark")  # of another module; a study; many models
+OTHER = ("pretrain", "ablations", "study", "benchmark")  # of another module; studies; many models
 READ = {f"{path.parent.name}/{path.stem}": OmegaConf.load(path) for path in FILES if path.stem not in OTHER}
 for path in ABLATIONS:
     world = path.parent.parent.name

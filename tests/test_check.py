@@ -337,6 +337,7 @@ def test_a_plan_is_shown_before_anything_is_measured_and_outlives_a_full_device(
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.optim.Optimizer, "_accelerator_graph_capture_health_check", lambda _: None)
     shown = []
 
     def measured(*_):

@@ -84,11 +84,11 @@ def test_the_readme_and_a_recipe_say_the_same_minutes():
 
 
 def test_a_name_runs_the_recipe_and_a_file_of_that_name_wins(built):
-    assert built("fit", "--config", "tiles/opd").trainer.max_epochs == 300
-    assert built("fit", "--config=configs/tiles/opd.yaml").trainer.max_epochs == 300  # as the README writes it
+    assert built("fit", "--config", "tiles/opd").trainer.max_epochs == 400
+    assert built("fit", "--config=configs/tiles/opd.yaml").trainer.max_epochs == 400  # as the README writes it
     own = Path("tiles/opd")
     own.parent.mkdir()
-    own.write_text(recipe("tiles/opd").text.replace("max_epochs: 300", "max_epochs: 7"))
+    own.write_text(recipe("tiles/opd").text.replace("max_epochs: 400", "max_epochs: 7"))
     assert built("fit", "--config", "tiles/opd").trainer.max_epochs == 7
     assert built("fit", "-c", "tiles/opd", "-c", "tiles/ablations/steps_1").trainer.max_epochs == 500
 

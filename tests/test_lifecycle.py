@@ -58,7 +58,7 @@ def test_every_rank_works_in_the_folder_of_rank_zero(opd, tmp_path):
 
     run_ranks(predict)
     assert [path.name for path in tmp_path.iterdir()] == ["chosen by 0"]
-    assert {path.name for path in tmp_path.rglob("*.png")} == {"00000.png", "00001.png", "00002.png"}
+    assert {path.name for path in tmp_path.rglob("*.png")} == {"00000.png", "00001.png", "00002.png", "sheet.png"}
 
 
 @pytest.mark.parametrize("launched", [one_node, torchrun_node, slurm_node])

@@ -18,6 +18,7 @@ RECORDS = {"Column", "Conditioning", "Gaussian", "Labels", "Prompt", "Rollout", 
 RECORDS |= {
     "Draw",
     "Shots",
+    "Question",
     "Transition",
     "Reward",
     "Teacher",

@@ -125,6 +125,8 @@ def test_opd_without_mar_differs_from_opd_by_the_anchor_alone(world):
 
 ONE_DIFFERENCE = {
     ("tiles/opd", "tiles/opd_full"): {
+        "model.init_args.start.init_args.weights",
+        "data.init_args.ratio",
         "model.init_args.objective.init_args.strength",
         "trainer.max_epochs",
         "trainer.check_val_every_n_epoch",

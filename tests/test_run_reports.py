@@ -186,8 +186,8 @@ def test_a_page_tells_no_path_from_the_root(tmp_path):
     folders = [make(tmp_path / name) for name in ("run", "other")]
     for folder in folders:
         facts = {"command": f"flowopd fit --config {tmp_path}/mine.yaml", "model": "student"}
-        facts["settings"] = {"start": "/data/hidden/place/adapter", "root": str(folder), "base": str(tmp_path / "base")}
-        facts["settings"]["name"] = folder.name
+        facts["settings"] = {"start": "/data/hidden/place/adapter", "root": str(folder), "name": folder.name}
+        facts["settings"]["basis"] = str(tmp_path / "base")
         line = {"time": "2026-01-01T00:00:00+00:00", "event": "begin", **facts}
         (folder / "history.jsonl").write_text(json.dumps(line) + "\n")
     for page in (write(folders[:1]), write(folders, tmp_path / "out")):
@@ -195,10 +195,10 @@ def test_a_page_tells_no_path_from_the_root(tmp_path):
             assert str(tmp_path) not in text
             assert "hidden" not in text
     page = Parsed(write(folders[:1]))
-    assert ["base", "../base"] in page.rows
+    assert ["basis", "../base"] in page.rows
     assert ["start", "…/place/adapter"] in page.rows
     assert ["setting", "run", "other"] in (rows := Parsed(tmp_path / "out" / "report.html").rows)
-    assert not [row for row in rows if row[:1] in (["root"], ["base"])]  # alike, seen from each run
+    assert not [row for row in rows if row[:1] in (["root"], ["basis"])]  # alike, seen from each run
 
 
 def test_the_trained_model_is_called_what_the_run_says(tmp_path):

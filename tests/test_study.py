@@ -213,11 +213,11 @@ def test_mean_and_spread_are_those_of_numpy():
 
 
 def test_a_study_writes_a_page_of_all_its_runs(capsys):
-    write([stage("a", shown=1), stage("b", shown=1, seeds=[5])], seeds=[0, 1])
+    write([stage("a", shown=1), stage("b", shown=1, seeds=[1])], seeds=[0, 1])
     assert study() == 0
     page = Path("out/report/report.html")
     assert f"report: {page}" in capsys.readouterr().out
-    assert all(name in page.read_text() for name in ("a/seed_0", "a/seed_1", "b/seed_5"))
+    assert all(name in page.read_text() for name in ("a/seed_0", "a/seed_1", "b/seed_1"))
 
 
 def test_the_trained_model_of_a_table_is_its_last():

@@ -19,7 +19,6 @@ LIGHTNING = ("fit", "validate", "test", "predict")
 # The other verbs: each function reads sys.argv itself. Those of ``RUNS`` take the words of a fit.
 RUNS = {"plan": "flowopd.cli.run:plan", "check": "flowopd.cli.run:check"}
 TOOLS = {
-    "consolidate": "flowopd.cli.consolidate:main",
     "data": "flowopd.prompts.data:main",
     "convert": "flowopd.rewards.geneval.convert:main",
     "serve": "flowopd.rewards.remote.serve:main",
@@ -29,6 +28,7 @@ TOOLS = {
     "recipes": "flowopd.cli.recipes:list_recipes",
     "init": "flowopd.cli.init:main",
     "draw": "flowopd.cli.draw:main",
+    "consolidate": "flowopd.cli.consolidate:main",
 }
 VERBS = (*LIGHTNING, *RUNS, *TOOLS)
 

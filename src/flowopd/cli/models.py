@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,8 @@ from jsonargparse import ArgumentParser
 from omegaconf import DictConfig, OmegaConf
 
 from flowopd.cli.recipes import recipe, recipes
-from flowopd.models import Backbone, DiffusersBackbone
-from flowopd.models.files import local_file
+from flowopd.models import Backbone
+from flowopd.models.families import family_of
 from flowopd.rollouts import Sampler
 from flowopd.tiles import asset
 
@@ -70,16 +69,12 @@ def of_model(base: str) -> Drawing:
         FileNotFoundError: if it is neither a folder nor a model of the hub.
         ValueError: if it is of a family that is not known here.
     """
-    for one in (one for one in recipes() if one.name.endswith("/opd")):
+    for one in (one for one in recipes() if one.kind == "recipe" and one.name.endswith("/opd")):
         known = of_configs([one.path])
         if _same_model(known.backbone["init_args"]["path"], base):
             options = {**known.backbone["init_args"], "path": base}
             return Drawing({**known.backbone, "init_args": options}, known.sampler)
-    index = json.loads(local_file("model", base, "model_index.json", None).read_text(encoding="utf-8"))
-    families = {kind.pipeline_class.__name__: kind for kind in _families(DiffusersBackbone)}  # type: ignore[type-abstract]
-    if (family := families.get(index.get("_class_name"))) is None:
-        known_names = ", ".join(sorted(families))
-        raise ValueError(f"model {base!r} is a {index.get('_class_name')}; expected one of {known_names}")
+    family = family_of(base)
     path = f"{family.__module__}.{family.__qualname__}"
     sampler = {"class_path": "flowopd.Sampler", "init_args": {"num_steps": STEPS}}
     return Drawing({"class_path": path, "init_args": {"path": base}}, sampler)
@@ -90,13 +85,6 @@ def _same_model(known: str, base: str) -> bool:
     if Path(known).is_dir():
         return Path(base).is_dir() and Path(known).samefile(base)
     return Path(known).name == Path(base).name
-
-
-def _families(kind: type[DiffusersBackbone]) -> Iterator[type[DiffusersBackbone]]:
-    for child in kind.__subclasses__():
-        if hasattr(child, "pipeline_class"):
-            yield child
-        yield from _families(child)
 
 
 @dataclass(frozen=True)

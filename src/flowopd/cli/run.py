@@ -97,8 +97,7 @@ class FlowCLI(LightningCLI):
     """Folders of the configs."""
 
     def __init__(self) -> None:
-        options = {"parser_mode": "omegaconf+", "allow_abbrev": False, "exit_on_error": False}
-        told = {"formatter_class": Told, **options}
+        options = {"formatter_class": Told, "parser_mode": "omegaconf+", "allow_abbrev": False, "exit_on_error": False}
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -111,7 +110,7 @@ class FlowCLI(LightningCLI):
             parser_kwargs={
                 "prog": "flowopd",
                 **options,
-                **{name: {"usage": USAGES[name], "description": TOLD[name], **told} for name in self.subcommands()},
+                **{name: {"usage": USAGES[name], "description": TOLD[name], **options} for name in self.subcommands()},
             },
         )
 

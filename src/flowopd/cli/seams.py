@@ -96,7 +96,9 @@ def _takes(theirs: Callable[..., Any], ours: Callable[..., Any], annotated: bool
     """Whether a method can be called as ours is, by place and by name."""
     if annotated and _hints(theirs) != _hints(ours):
         return False
-    signature, names = inspect.signature(theirs), list(inspect.signature(ours).parameters)
+    asked = inspect.signature(ours).parameters.values()
+    names = [one.name for one in asked if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]
+    signature = inspect.signature(theirs)
     try:
         bound = signature.bind(*names)
         signature.bind(names[0], **dict.fromkeys(names[1:]))

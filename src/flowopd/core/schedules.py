@@ -123,7 +123,7 @@ class EmpiricalSchedule(Shown):
         The public code of FLUX.2 (Black Forest Labs, 2025), ``compute_empirical_mu``.
 
     >>> EmpiricalSchedule(tokens=1024).sigmas(4)
-    tensor([1.0000, 0.9579, 0.8834, 0.7164, 0.0000])
+    tensor([1.0000, 0.9581, 0.8840, 0.7175, 0.0000])
     """
 
     def __init__(self, tokens: int) -> None:

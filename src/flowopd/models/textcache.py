@@ -17,6 +17,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from flowopd.core.ranges import at_least
 from flowopd.records import Conditioning
 
 MANIFEST = "manifest.json"
@@ -51,6 +52,7 @@ class TextMemory:
     """
 
     def __init__(self, limit: int) -> None:
+        at_least(0, limit=limit)
         self.limit = limit
         self.size = 0
         self._rows: OrderedDict[str, Conditioning] = OrderedDict()

@@ -90,7 +90,7 @@ def test_a_name_runs_the_recipe_and_a_file_of_that_name_wins(built):
     own.parent.mkdir()
     own.write_text(recipe("tiles/opd").text.replace("max_epochs: 400", "max_epochs: 7"))
     assert built("fit", "--config", "tiles/opd").trainer.max_epochs == 7
-    assert built("fit", "-c", "tiles/opd", "-c", "tiles/ablations/steps_1").trainer.max_epochs == 500
+    assert built("fit", "-c", "tiles/opd", "-c", "tiles/ablations/steps_1").trainer.max_epochs == 250
 
 
 def test_a_name_that_is_none_is_one_sentence(refused):

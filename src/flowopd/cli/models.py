@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from flowopd.cli.recipes import recipe, recipes
 from flowopd.models import Backbone
 from flowopd.models.families import family_of
+from flowopd.models.files import local_file
 from flowopd.rollouts import Sampler
 from flowopd.tiles import asset
 

@@ -48,6 +48,7 @@ def fork(work: Callable[[], None], told: dict[str, str]) -> int:
         os.environ |= told
         torch.set_num_threads(1)  # alone: torch renews its thread pool after a fork, and two threads at once break it
         work()
+        time.sleep(0.3)  # one that leaves at once resets the connections on which others still read
         status = 0
     except BaseException:
         traceback.print_exc()

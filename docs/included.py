@@ -1,4 +1,4 @@
-"""A hook of mkdocs: what the READMEs of the repository say is said once, and they are pages of the site as they stand."""
+"""A hook of mkdocs: the READMEs of the repository are pages of the site as they stand, so that a thing is said once."""
 
 import os
 import re

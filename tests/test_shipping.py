@@ -20,7 +20,7 @@ from flowopd.cli.about import about
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+INSTALL = (ROOT / "docs" / "install.md").read_text(encoding="utf-8")
 STEPS = [line.split(maxsplit=1) for line in DOCKERFILE.splitlines() if line and not line.startswith("#")]
 
 
@@ -109,7 +109,7 @@ def test_the_image_has_a_python_and_extras_that_the_package_knows():
     assert "flowopd" in PROJECT["scripts"]
 
 
-@pytest.mark.parametrize("text", [DOCKERFILE, README], ids=["Dockerfile", "README.md"])
+@pytest.mark.parametrize("text", [DOCKERFILE, INSTALL], ids=["Dockerfile", "install.md"])
 def test_commands_that_build_and_run_the_image_name_what_it_has(text):
     builds = re.findall(r"docker build (.*)", text)
     runs = re.findall(r"docker run (.*)", text)

@@ -6,8 +6,10 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
 from flowopd import tiles
 from flowopd.cli.init import task_files
@@ -21,7 +23,7 @@ PAGES = {
     for path in (ROOT / "README.md", *sorted(page for folder in FOLDERS for page in folder.rglob("*.md")))
     if path.parent.name != "task"  # TASK and FOLDER stand there for what is asked
 }
-README = PAGES["README.md"]
+BEFORE_AND_AFTER = "docs/pictures/before_after.png"
 
 
 def blocks(language: str, page: str = "README.md") -> list[str]:
@@ -115,6 +117,27 @@ def test_a_link_of_a_page_leads_to_a_file(page):
         ), target  # those are pages only in the site, whose build checks them
 
 
+def before_and_after() -> Image.Image:
+    """The first and the last row of the sheet of all models: the base and the student."""
+    sheet = Image.open(ROOT / "src/flowopd/tiles/assets/models.png").convert("RGB")
+    inked = (np.asarray(sheet) < 255).any((1, 2))
+    edges = np.flatnonzero(np.diff(inked.astype(int), prepend=0, append=0)).reshape(-1, 2)
+    rows = [(top, end) for top, end in edges if end - top > 100]
+    heading, last = (
+        sheet.crop((0, 0, sheet.width, rows[0][1] + 10)),
+        sheet.crop((0, rows[-1][0], sheet.width, rows[-1][1] + 10)),
+    )
+    both = Image.new("RGB", (sheet.width, heading.height + last.height), "white")
+    both.paste(heading, (0, 0))
+    both.paste(last, (0, heading.height))
+    return both
+
+
+def test_before_and_after_are_the_first_and_the_last_model_of_the_sheet():
+    shown = Image.open(ROOT / BEFORE_AND_AFTER).convert("RGB")
+    assert shown.tobytes() == before_and_after().tobytes(), "make it anew by python tests/test_readme.py"
+
+
 def test_objectives_of_the_table_are_ours():
     from flowopd import core
 
@@ -203,3 +226,7 @@ def test_a_snippet_is_python(snippet):
 @pytest.mark.parametrize("snippet", everywhere("yaml"))
 def test_a_snippet_is_yaml(snippet):
     assert yaml.safe_load(snippet)
+
+
+if __name__ == "__main__":
+    before_and_after().save(ROOT / BEFORE_AND_AFTER, optimize=True)

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -14,6 +15,7 @@ pytest.importorskip("mkdocs", reason='needs pip install "flowopd[docs]"')
 pytest.importorskip("mkdocstrings", reason='needs pip install "flowopd[docs]"')
 
 ROOT = Path(__file__).parents[1]
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 class Page(HTMLParser):
@@ -79,4 +81,15 @@ def test_the_api_has_what_a_recipe_names(pages):
 def test_examples_of_docstrings_are_code(site):
     assert "&gt;&gt;&gt;" not in re.sub(
         r"<code.*?</code>", "", (site / "api" / "core.html").read_text(), flags=re.DOTALL
+    )
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs a browser")
+def test_the_search_works_from_the_disk(site, tmp_path):
+    quiet = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
+    page = f"{(site / 'index.html').as_uri()}?q=seesaw"
+    command = [BROWSER, *quiet, f"--user-data-dir={tmp_path}", "--virtual-time-budget=8000", "--dump-dom", page]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+    assert re.search(
+        r'class="md-search-result__link"[^>]*concepts\.html|concepts\.html[^>]*md-search-result__link', shown
     )

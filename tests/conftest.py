@@ -1,6 +1,7 @@
 """What every test shares: one seed, no network, threads that do not fight."""
 
 import os
+import sys
 
 # Before anything imports torch or transformers.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests build what they need; one that downloads is a mistake
@@ -27,6 +28,33 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def flowopd(monkeypatch):
+    """Run the command line in this process."""
+    from flowopd.cli.main import main
+
+    def run(*words: object) -> None:
+        monkeypatch.setattr(sys, "argv", ["flowopd", *map(str, words)])
+        main()
+
+    return run
+
+
+@pytest.fixture
+def built(flowopd, monkeypatch):
+    """Build a run on the CPU, and give what would run."""
+    from flowopd.cli.run import FlowCLI
+
+    def build(*words: object) -> FlowCLI:
+        made = []
+        with monkeypatch.context() as context:
+            context.setattr(FlowCLI, "_run_subcommand", lambda cli, _: made.append(cli))
+            flowopd(*words, "--trainer.accelerator=cpu")
+        return made[0]
+
+    return build
 
 
 @pytest.fixture(scope="session")

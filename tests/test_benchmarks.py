@@ -223,11 +223,14 @@ def test_the_second_reader_of_tiles_knows_glyphs_from_smears():
 def test_results_of_another_run_are_refused(tiny_pipeline, tmp_path, expert):
     score(tmp_path, contenders(tiny_pipeline, expert), benchmark())
     other = tiny.expert(tmp_path / "other", tiny_pipeline, seed=5)
+    another = contenders(tiny_pipeline, expert)
+    another.backbone.negative_prompt = "red"
     before = left(tmp_path)
     for models, one, reason in [
         (contenders(tiny_pipeline, other), benchmark(), "weights was "),
         (contenders(tiny_pipeline, expert), benchmark(steps=3), "steps was 2 there, and is 3 now"),
         (contenders(tiny_pipeline, expert), benchmark(tiny.Brightness(2)), "rewards was "),
+        (another, benchmark(), "base was "),
     ]:
         with pytest.raises(ValueError, match=rf"holds the results of another run: {reason}.*; give another"):
             score(tmp_path, models, one)

@@ -1,7 +1,6 @@
 """The laws of self-checks: what is right is ok, what is wrong is named, and a check changes nothing."""
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,6 @@ import yaml
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flowopd.cli import run as command_line
-from flowopd.cli.main import main
 from flowopd.core import ClippedSurrogate, LinearSchedule, ShiftedSchedule, TransitionKL
 from flowopd.models import SD3Backbone
 from flowopd.preflight import SelfCheck
@@ -290,15 +288,6 @@ def config(tiny_pipeline, tmp_path, monkeypatch):
     content = yaml.safe_load((CONFIGS / "tiles" / "opd_no_mar.yaml").read_text())
     Path("small.yaml").write_text(yaml.safe_dump(content))
     return "small.yaml"
-
-
-@pytest.fixture
-def flowopd(monkeypatch):
-    def run(*words: str) -> None:
-        monkeypatch.setattr(sys, "argv", ["flowopd", *words])
-        main()
-
-    return run
 
 
 def test_check_prints_a_verdict_per_line_and_trains_nothing(config, flowopd, capsys):

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -77,17 +78,6 @@ def config(adapters):
         return f"{name}.yaml"
 
     return write
-
-
-@pytest.fixture
-def flowopd(monkeypatch):
-    """Run the command line in this process."""
-
-    def run(*words: str) -> None:
-        monkeypatch.setattr(sys, "argv", ["flowopd", *words])
-        main()
-
-    return run
 
 
 def options(*groups: dict[str, str]) -> list[str]:
@@ -316,6 +306,13 @@ def test_a_run_leaves_everything_in_its_folder(config, flowopd, name):
     assert list(table()[0]) == COLUMNS + DISTANCES * name.startswith("opd")
     guidance = {"teacher-composition": "1.1", "teacher-text": "1.4"} if name.startswith("opd") else {}
     assert {row["model"]: row["guidance"] for row in table()} == dict.fromkeys(models, "1") | guidance
+
+
+def test_what_a_run_says_to_draw_with_draws(config, flowopd, capsys):
+    flowopd("fit", "--config", config("opd"), *options(SMALL, FIT, RUNS["opd"][0]))
+    (words,) = re.findall(r"^draw +flowopd (.+)$", capsys.readouterr().out, re.MULTILINE)
+    flowopd(*shlex.split(words))
+    assert {path.name for path in Path("runs/draw").iterdir()} >= {"sheet.png", "00_base.png", "00_run.png"}
 
 
 def test_a_merge_exports_its_adapter(config, flowopd):

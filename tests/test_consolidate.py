@@ -3,7 +3,6 @@
 import csv
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,9 +11,7 @@ import tiny_families
 import yaml
 from diffusers import StableDiffusion3Pipeline
 
-from flowopd.cli import run as command_line
 from flowopd.cli.consolidate import task_names
-from flowopd.cli.main import main
 from flowopd.models import AdapterSource, Merge, QwenImageBackbone, SD3Backbone, ZImageBackbone
 from flowopd.models.adapters.export import write_diffusers
 from flowopd.models.adapters.files import DIFFUSERS_WEIGHTS, read_adapter
@@ -50,15 +47,6 @@ WORDS = (*LORAS, "--base", "tiles", "--prompts", "composition.txt", "text.txt", 
 
 
 @pytest.fixture
-def flowopd(monkeypatch):
-    def run(*words: object) -> None:
-        monkeypatch.setattr(sys, "argv", ["flowopd", *map(str, words)])
-        main()
-
-    return run
-
-
-@pytest.fixture
 def recipe(flowopd, capsys):
     """The recipe that words become."""
 
@@ -67,20 +55,6 @@ def recipe(flowopd, capsys):
         return yaml.safe_load(capsys.readouterr().out)
 
     return printed
-
-
-@pytest.fixture
-def built(flowopd, monkeypatch):
-    """What a command would run."""
-
-    def build(*words: object):
-        made = []
-        with monkeypatch.context() as context:
-            context.setattr(command_line.FlowCLI, "_run_subcommand", lambda cli, _: made.append(cli))
-            flowopd(*words)
-        return made[0]
-
-    return build
 
 
 def options(values: dict) -> list[str]:

@@ -1,7 +1,6 @@
 """The laws of drawing: one noise for everybody, each at its own guidance, what an adapter says beside itself."""
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,6 @@ import tiny
 import torch
 from PIL import Image
 
-from flowopd.cli.main import main
 from flowopd.cli.models import of_adapter, of_model
 from flowopd.evaluation.drawing import Hand, draw
 from flowopd.models import SD3Backbone
@@ -26,15 +24,6 @@ KAHO = 'text red "KAHO"'
 @pytest.fixture(autouse=True)
 def workplace(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture
-def flowopd(monkeypatch):
-    def run(*words: str) -> None:
-        monkeypatch.setattr(sys, "argv", ["flowopd", *words])
-        main()
-
-    return run
 
 
 def pixels(path: str) -> np.ndarray:

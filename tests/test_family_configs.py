@@ -1,6 +1,5 @@
 """The laws of the recipes of further families: each parses, builds and runs, with a tiny pipeline in its place."""
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +11,6 @@ from torch import Tensor
 
 import flowopd
 from flowopd.cli import run as command_line
-from flowopd.cli.main import main
 from flowopd.models import LoRASpec
 from flowopd.models.adapters.files import read_adapter, save_adapter
 from flowopd.models.adapters.lora import adapter_parameters, add_adapter, take_adapter
@@ -83,15 +81,6 @@ def expert(kind, options: dict, family: str) -> None:
         save_adapter(take_adapter(backbone.network, "expert"), Path("runs") / family / name / "adapter")
 
 
-@pytest.fixture
-def flowopd_(monkeypatch):
-    def run(*words: str) -> None:
-        monkeypatch.setattr(sys, "argv", ["flowopd", *words])
-        main()
-
-    return run
-
-
 CPU = ["--trainer.accelerator", "cpu", "--trainer.precision", "32-true", "--trainer.default_root_dir", "run"]
 SMALL = {
     "data.init_args.evaluation_count": 2,
@@ -119,8 +108,8 @@ def test_every_family_has_the_recipes_that_were_promised(family):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_every_recipe_runs_two_steps(recipe, config, flowopd_):
-    flowopd_("test" if recipe.endswith("evaluate") else "fit", *config(recipe), *CPU, *options(recipe))
+def test_every_recipe_runs_two_steps(recipe, config, flowopd):
+    flowopd("test" if recipe.endswith("evaluate") else "fit", *config(recipe), *CPU, *options(recipe))
     models = [line.split("|")[1].strip() for line in Path("run/results.md").read_text().splitlines()[2:]]
     ours = "teacher" if "/teacher" in recipe else "cold-start" if recipe.endswith("cold_start_merge") else "student"
     assert (models[0], models[-1]) == ("base", ours)
@@ -132,7 +121,7 @@ def test_every_recipe_runs_two_steps(recipe, config, flowopd_):
 
 
 @pytest.mark.parametrize("place", OVERLAYS)
-def test_a_plan_says_that_the_main_recipe_fits(place, monkeypatch, flowopd_, tmp_path):
+def test_a_plan_says_that_the_main_recipe_fits(place, monkeypatch, flowopd, tmp_path):
     """Of the published size, before anything is read."""
     pytest.importorskip("rapidocr")
     monkeypatch.chdir(tmp_path)
@@ -140,7 +129,7 @@ def test_a_plan_says_that_the_main_recipe_fits(place, monkeypatch, flowopd_, tmp
     monkeypatch.setattr(command_line.LightningCLI, "_run_subcommand", lambda cli, _: made.append(cli))
     family, _, overlay = place.split("/")
     files = [str(CONFIGS / family / f"{name}.yaml") for name in ("opd", f"hardware/{overlay}")]
-    flowopd_("fit", "--config", files[0], "--config", files[1], "--trainer.accelerator", "cpu")
+    flowopd("fit", "--config", files[0], "--config", files[1], "--trainer.accelerator", "cpu")
     (cli,) = made
     hardware = Hardware(8 if "8x" in overlay else 1, "fsdp" in overlay, autocast=True)
     planned = plan(cli.model, cli.datamodule, cli.trainer.callbacks, hardware)

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 import tiny
 
-from flowopd.cli import run as command_line
-from flowopd.cli.main import TOLD, VERBS, main
+from flowopd.cli.main import TOLD, VERBS
 from flowopd.cli.recipes import home, recipe, recipes
 from flowopd.tiles import asset
 
@@ -27,28 +26,6 @@ def workplace(tmp_path, monkeypatch):
     for name in set(sys.modules) - known:
         if name.endswith("_reward") and "." not in name:
             del sys.modules[name]
-
-
-@pytest.fixture
-def flowopd(monkeypatch):
-    def run(*words: str) -> None:
-        monkeypatch.setattr(sys, "argv", ["flowopd", *words])
-        main()
-
-    return run
-
-
-@pytest.fixture
-def built(flowopd, monkeypatch):
-    """What a command would run."""
-
-    def build(*words: str) -> command_line.FlowCLI:
-        made = []
-        monkeypatch.setattr(command_line.LightningCLI, "_run_subcommand", lambda cli, _: made.append(cli))
-        flowopd(*words, "--trainer.accelerator=cpu")
-        return made[0]
-
-    return build
 
 
 @pytest.fixture

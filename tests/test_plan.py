@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowopd.core import Anchored, ClippedSurrogate, StateRewardSurrogate, TransitionKL
 from flowopd.models import LoRASpec, Merge, SD3Backbone
@@ -360,10 +361,21 @@ def test_seconds_are_those_of_the_parts():
     assert seconds({SAMPLED: 10, "teacher": 5, TRAINED: 2, DECODED: 100}, costs.Speed(2.0, 7.0)) == 15 * 2 + 2 * 7
 
 
-def test_a_step_is_measured_on_random_weights(tiny_pipeline):
-    speed = measured(tiny.policy(OPDStudent, tiny_pipeline), tiny.data(), False, "cpu")
-    assert speed.forward > 0
-    assert speed.trained > 0
+class Ticking(TorchDispatchMode):
+    """A clock that goes on by one with every operation."""
+
+    ticks = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.ticks += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_is_measured_on_random_weights(tiny_pipeline, monkeypatch):
+    with Ticking() as clock:
+        monkeypatch.setattr(costs, "now", lambda device: float(clock.ticks))
+        speed = measured(tiny.policy(OPDStudent, tiny_pipeline), tiny.data(), False, "cpu")
+    assert 0 < 2 * speed.forward < speed.trained  # a backward takes more of them than a forward
 
 
 def test_the_benchmark_runs_tiny(tmp_path, capsys):

@@ -3,7 +3,6 @@
 import base64
 import json
 import re
-import sys
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -19,12 +18,11 @@ from huggingface_hub import constants
 from PIL import Image
 
 from flowopd.cli import run as command_line
-from flowopd.cli.main import main
 from flowopd.core import LinearSchedule
 from flowopd.evaluation import Shots
 from flowopd.models import LoRASpec, QwenImageBackbone, SD3Backbone, ZImageBackbone
 from flowopd.models.adapters.export import ModelCard, export_adapter
-from flowopd.models.adapters.files import DIFFUSERS_WEIGHTS
+from flowopd.models.adapters.files import DIFFUSERS_WEIGHTS, read_adapter
 from flowopd.models.adapters.lora import adapter_parameters, add_adapter, take_adapter
 from flowopd.rollouts import Sampler
 from flowopd.training.callbacks.export import drawing
@@ -61,7 +59,7 @@ def card(backbone, sampler: Sampler, scale: float, base: str) -> ModelCard:
         base,
         "OPDStudent",
         guidance_scale=scale,
-        pipeline=backbone.library_class,
+        pipeline=backbone.pipeline_name,
         call=backbone.call(scale),
         drawing=drawing(sampler.on(backbone), backbone),
         dtype="float32",
@@ -82,15 +80,6 @@ def run(drawn, tmp_path, monkeypatch):
     Path("mine").mkdir()
     Path("mine/README.md").write_text("---\nlicense: cc-by-4.0\n---\n\n# mine\n")
     return Path("run")
-
-
-@pytest.fixture
-def flowopd(monkeypatch):
-    def say(*words: str) -> None:
-        monkeypatch.setattr(sys, "argv", ["flowopd", *words])
-        main()
-
-    return say
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -143,6 +132,16 @@ def hub(monkeypatch) -> Iterator[dict[str, bytes]]:
     yield Hub.files
     server.shutdown()
     server.server_close()
+
+
+def test_a_card_tells_no_path_from_the_root(run, flowopd, tmp_path):
+    told = ModelCard("org/base", "OPDStudent", {"teacher a": f"LoRATeacher(path='{tmp_path}/mine')"})
+    Path("run/adapter/README.md").write_text(told.text(read_adapter("run/adapter")))
+    Path("run/config.yaml").write_text(CONFIG.replace("path: mine", f"path: {tmp_path}/mine"))
+    flowopd("push", "run", "user/pets", "--dry-run")
+    text = Path("run/hub/README.md").read_text()
+    assert str(tmp_path) not in text
+    assert "| ../mine | cc-by-4.0 |" in text
 
 
 def test_a_dry_run_writes_all_that_would_be_pushed_and_asks_nobody_offline(run, flowopd, capsys):

@@ -1,7 +1,6 @@
 """The laws of configs/sd35: every file parses, builds and runs, with a tiny pipeline in place of the real one."""
 
 import csv
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,8 +11,6 @@ import yaml
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from flowopd.cli import run as command_line
-from flowopd.cli.main import main
 from flowopd.models import SD3Backbone
 from flowopd.models.adapters.files import read_adapter
 from flowopd.records import Prompt
@@ -112,28 +109,6 @@ def merged(name: str) -> dict:
 
 def sources(data: dict) -> list[dict]:
     return [*data["prompts"].values(), *data["evaluation_prompts"].values()]
-
-
-@pytest.fixture
-def flowopd(monkeypatch):
-    def run(*words: str) -> None:
-        monkeypatch.setattr(sys, "argv", ["flowopd", *words])
-        main()
-
-    return run
-
-
-@pytest.fixture
-def built(monkeypatch, flowopd):
-    """Build a run, and give what would run."""
-
-    def build(*words: str) -> command_line.FlowCLI:
-        made = []
-        monkeypatch.setattr(command_line.LightningCLI, "_run_subcommand", lambda cli, _: made.append(cli))
-        flowopd(*words)
-        return made[0]
-
-    return build
 
 
 CPU = ["--trainer.accelerator", "cpu", "--trainer.precision", "32-true", "--trainer.default_root_dir", "run"]

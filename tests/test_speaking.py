@@ -13,6 +13,7 @@ from rich.console import Console
 from flowopd.evaluation.remembered import Remembered
 from flowopd.evaluation.resampling import Interval
 from flowopd.evaluation.tables import show
+from flowopd.models import SD3Backbone
 from flowopd.preflight.outline import Outline
 from flowopd.rewards import Reward
 from flowopd.rollouts import Sampler
@@ -168,6 +169,13 @@ def test_remembered_scores_are_those_that_are_measured(tested):
     second, remembered = tested()
     assert (first, second) == (["base", "teacher-red", "student"], ["student"])
     assert remembered == fresh
+
+
+def test_another_model_is_measured_anew(tested, monkeypatch):
+    """By all that makes one model another: path, revision, precision, bits, negative prompt, embedded guidance."""
+    tested()
+    monkeypatch.setattr(SD3Backbone, "identity", property(lambda self: (self.path, "nf4")))
+    assert tested()[0] == ["base", "teacher-red", "student"]
 
 
 @pytest.mark.parametrize("change", [{"guidance": 2.0}, {"reward": tiny.Brightness(1)}, {"eval_steps": 3}])

@@ -38,10 +38,10 @@ def _tell(folder: Path) -> None:
     for name, place in PLACES.items():
         if (folder / place).exists():
             print(f"{name:<9} {folder / place}")
+    if (folder / PLACES["adapter"]).exists():
+        prompt = run.models.prompts[0] if run.models else "PROMPT"
+        print(f"draw      {shlex.join(['flowopd', 'draw', prompt, '--adapter', str(folder)])}")
     checkpoint = folder / CHECKPOINTS / "last.ckpt"
-    if not run.fit or not checkpoint.exists():
-        return
-    words = ["--config", str(folder / "config.yaml"), "--ckpt_path", str(checkpoint)]
-    print(f"draw      {shlex.join(['flowopd', 'predict', *words])}")
-    if run.asked:
+    if run.fit and run.asked and checkpoint.exists():
+        words = ["--config", str(folder / "config.yaml"), "--ckpt_path", str(checkpoint)]
         print(f"go on     {shlex.join(['flowopd', 'fit', *words, '--trainer.max_epochs', str(2 * run.asked)])}")

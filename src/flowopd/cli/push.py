@@ -62,6 +62,8 @@ def make(run: Path, repository: str, license_id: str | None = None, results: Pat
     Raises:
         ValueError: if that is no name, or there is no adapter.
     """
+    from flowopd.report.words import near
+
     if not REPOSITORY.fullmatch(repository):
         raise ValueError(f"{repository!r} is no repository of the hub; expected user/name")
     if not (run / "adapter" / "README.md").is_file():
@@ -75,7 +77,8 @@ def make(run: Path, repository: str, license_id: str | None = None, results: Pat
     samples = _samples(run, folder)
     card = _card(folder, repository, samples)
     parts = [_pictures(run, folder, samples), _scores(results or run), _sources(run, card, license_id)]
-    card.text = "\n\n".join([card.text.strip(), *filter(None, parts)]) + "\n"
+    text = "\n\n".join([card.text.strip(), *filter(None, parts)]) + "\n"
+    card.text = re.sub(r"^\|.*", lambda row: near(row[0], run), text, flags=re.MULTILINE)  # where it lies here is ours
     card.save(folder / "README.md")
     return folder
 

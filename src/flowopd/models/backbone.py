@@ -66,7 +66,7 @@ class Backbone(ABC):
         return ATTENTION
 
     @property
-    def library_class(self) -> str | None:
+    def pipeline_name(self) -> str | None:
         """Name of the pipeline of diffusers that draws with it, if there is one."""
         return None
 

@@ -100,7 +100,7 @@ class DiffusersBackbone(Backbone):
         quantize: Bits | None = None,
     ) -> None:
         if dtype == "float16" and not self.float16:
-            raise ValueError(f"a {self.library_class} overflows float16; choose bfloat16 or float32")
+            raise ValueError(f"a {self.pipeline_name} overflows float16; choose bfloat16 or float32")
         within(0, 512, max_sequence_length=max_sequence_length)
         height, width = resolution if isinstance(resolution, tuple | list) else (resolution, resolution)
         at_least(8, resolution=height, width=width)
@@ -229,7 +229,7 @@ class DiffusersBackbone(Backbone):
 
     @property
     @override
-    def library_class(self) -> str:
+    def pipeline_name(self) -> str:
         return str(self.pipeline_class.__name__)
 
     @property
@@ -408,7 +408,7 @@ class DiffusersBackbone(Backbone):
         kind = x.device.type
         if not self.float16 and torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16:
             raise ValueError(
-                f"a {self.library_class} overflows float16; choose trainer.precision bf16-mixed or 32-true"
+                f"a {self.pipeline_name} overflows float16; choose trainer.precision bf16-mixed or 32-true"
             )
         return self.velocity_from(self.network(**self.inputs(x, sigma, cond), return_dict=False), x).float()
 

@@ -132,8 +132,8 @@ DEEP = 3
 def near(text: str, folder: Path) -> str:
     """A text without paths from the root: they are told from a folder on, those far from it by their last two parts.
 
-    >>> near("--config /home/me/work/mine.yaml of /data/models/base", Path("/home/me/work/runs/opd"))
-    '--config ../../mine.yaml of …/models/base'
+    >>> near("--config /home/me/mine/opd.yaml of /data/models/base", Path("/home/me/mine/runs/opd"))
+    '--config ../../opd.yaml of …/models/base'
     """
 
     def told(found: re.Match[str]) -> str:

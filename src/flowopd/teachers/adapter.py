@@ -11,7 +11,7 @@ from flowopd.core.shown import Shown
 from flowopd.models import Backbone
 from flowopd.models.adapters.lora import Adapter, adapter_names, attach
 from flowopd.records import Conditioning
-from flowopd.teachers.base import Asks
+from flowopd.teachers.base import Asks, network_of
 
 
 @runtime_checkable
@@ -79,5 +79,4 @@ class AdapterTeacher(Shown):
     @property
     def identity(self) -> Hashable:
         """Network, adapter and guidance: teachers that agree in these are asked once."""
-        network = None if self._backbone is None else id(self._backbone.network)
-        return network, self._fingerprint, self.guidance_scale, self.embedded_guidance
+        return network_of(self._backbone), self._fingerprint, self.guidance_scale, self.embedded_guidance

@@ -114,7 +114,7 @@ class LoRATeacher:
     @property
     def identity(self) -> Hashable:
         """Network, adapter and guidance: teachers that agree in these are asked once."""
-        return _network(self._backbone), self.source, self.guidance_scale, self.embedded_guidance
+        return network_of(self._backbone), self.source, self.guidance_scale, self.embedded_guidance
 
     def at(self, guidance_scale: float) -> Self:
         """The same teacher, asked with another guidance."""
@@ -165,7 +165,7 @@ class BaseTeacher(Shown):
     @property
     def identity(self) -> Hashable:
         """Network and guidance: teachers that agree in these are asked once."""
-        return _network(self._backbone), None, self.guidance_scale, self.embedded_guidance
+        return network_of(self._backbone), None, self.guidance_scale, self.embedded_guidance
 
     def at(self, guidance_scale: float) -> Self:
         """The same teacher, asked with another guidance."""
@@ -253,7 +253,8 @@ def _field(adapter: AdapterSource | None, guidance_scale: float | None) -> LoRAT
     return LoRATeacher(adapter.path, adapter.subfolder, adapter.revision, guidance_scale, scale=adapter.scale)
 
 
-def _network(backbone: Backbone | None) -> int:
+def network_of(backbone: Backbone | None) -> int:
+    """The network below a backbone, of which several may speak; 0 before a teacher is attached."""
     return 0 if backbone is None else id(backbone.network)
 
 

@@ -103,11 +103,11 @@ class Contenders(LightningModule):
         """What the pictures of a model follow from, besides the benchmark."""
         model = self.models[name]
         return {
-            "base": getattr(self.backbone, "path", type(self.backbone).__name__),
+            "base": str(getattr(self.backbone, "identity", type(self.backbone).__name__)),
             "resolution": getattr(self.backbone, "resolution", None),
             "schedule": repr(self.schedule),
             "weights": model.fingerprint(),
-            "guidance": [guidance_of(part) for part in parts_of([model])],
+            "guidance": [[guidance_of(part), getattr(part, "embedded_guidance", None)] for part in parts_of([model])],
         }
 
     def on_test_start(self) -> None:

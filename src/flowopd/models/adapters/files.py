@@ -92,9 +92,7 @@ def _weights(source: AdapterSource) -> Path:
     if not file.is_file():
         raise FileNotFoundError(f"adapter file {str(file)!r} does not exist")
     if file.suffix != SUFFIX:
-        raise ValueError(
-            f"adapter file {str(file)!r} is not a {SUFFIX} file; nothing else is read: a pickle may run code"
-        )
+        raise ValueError(f"adapter file {str(file)!r} is not a {SUFFIX} file; others may run code when read")
     if file.name == WEIGHTS and not (file.parent / CONFIG).is_file():
         raise FileNotFoundError(f"adapter folder {file.parent} has no {CONFIG}, which says how strong it is")
     return file

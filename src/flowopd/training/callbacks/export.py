@@ -73,7 +73,7 @@ def card(policy: FlowPolicy) -> ModelCard:
         facts=facts,
         teachers=teachers,
         guidance_scale=scale,
-        pipeline=backbone.library_class,
+        pipeline=backbone.pipeline_name,
         call=backbone.call(scale),
     )
     if not isinstance(backbone, DiffusersBackbone):

@@ -55,8 +55,8 @@ def facts_of(policy: FlowPolicy, name: str, folder: Path) -> dict[str, Any] | No
     }
 
 
-READ = ("dtype", "resolution", "max_sequence_length", "negative_prompt")
-"""Options of a backbone that change what it draws."""
+READ = ("identity", "resolution", "max_sequence_length")
+"""Of a backbone, what changes what it draws."""
 
 
 def _role(role: Role) -> list[Any]:
